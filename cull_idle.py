@@ -1,0 +1,1260 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["click>=8.1.8", "python-dateutil>=2.8.2", "requests>=2.31"]
+# ///
+"""Stop the idle servers of a JupyterHub through its REST API.
+
+It polls the Hub's user list and stops every server whose last activity is older than a limit: once, or in a loop.
+The API token comes from $JUPYTERHUB_API_TOKEN or --token-file, never from the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import cached_property, partial
+from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import click
+
+if TYPE_CHECKING:
+    import requests
+
+__version__ = "0.1.0"
+
+PROGRAM = "cull_idle.py"
+log = logging.getLogger("cull_idle")
+T = TypeVar("T")
+Target = TypeVar("Target", "Server", "User")
+
+# ---- What can go wrong, and what the program exits with
+
+
+class Exit(enum.IntEnum):
+    """What an exit code means to cron, systemd and scripts."""
+
+    DONE = 0  # all that was due is done; nothing due is fine
+    UNDONE = 1  # something due was not done
+    USAGE = 2  # an option, or the token, is wrong
+    NO_HUB = 3  # the Hub could not be used
+
+
+class CullError(Exception):
+    """A failure; its text is the sentence that the administrator reads."""
+
+    exit_code: Exit
+
+
+class TokenError(CullError):
+    """There is no usable API token."""
+
+    exit_code = Exit.USAGE
+
+
+class HubError(CullError):
+    """The Hub, or whatever answers at its URL, cannot be used like this."""
+
+    exit_code = Exit.NO_HUB
+
+
+class TryAgain(HubError):
+    """The Hub cannot be used now, but perhaps soon: after `pause` seconds, if it said so."""
+
+    def __init__(self, sentence: str, pause: float = 0) -> None:
+        super().__init__(sentence)
+        self.pause = pause
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal or a log reader could take for more than text, such as control characters."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, width: int = 200) -> str:
+    """Text of the Hub's, on one line, escaped and cut to at most width characters."""
+    line = printable(" ".join(text[: 4 * width].split()))
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# ---- Durations and times
+
+ZERO = timedelta(0)
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
+DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read seconds (`3600`) or numbers with units, the largest first (`90s`, `1h30m`, `1.5h`, `2d`, `1w`).
+
+    Raises ValueError, with a sentence, for anything else.
+    """
+    words = text.strip().lower()
+    match = DURATION.fullmatch(f"{words}s" if re.fullmatch(NUMBER, words) else words)
+    if not words or not match:
+        raise ValueError(
+            f"{shorten(text, 40)!r} is not a duration: write seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w."
+        )
+    try:
+        return timedelta(**{name: float(number) for name, number in match.groupdict(default="0").items()})
+    except OverflowError:
+        raise ValueError(f"{shorten(text, 40)!r} is too long a duration.") from None
+
+
+def format_duration(duration: timedelta, units: int = 4) -> str:
+    """Write a duration as parse_duration reads it (`2h03m`, `1d04h`), cut to whole seconds and `units` units."""
+    minutes, seconds = divmod(int(duration.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    while len(parts) > 1 and not parts[0][0]:
+        parts.pop(0)
+    del parts[units:]
+    while len(parts) > 1 and not parts[-1][0]:
+        parts.pop()
+    (number, unit), *rest = parts
+    return f"{number}{unit}" + "".join(f"{number:02}{unit}" for number, unit in rest)
+
+
+def parse_time(text: object) -> datetime | None:
+    """Read a timestamp of the Hub's, null as None. One without a zone is UTC: Hubs before 0.9 left it out.
+
+    Raises ValueError for what is not a moment; a date without a time of day could be off by a day.
+    """
+    if text is None:
+        return None
+    if not isinstance(text, str) or len(text) <= len("2026-11-22"):
+        raise ValueError(f"{shorten(str(text), 40)!r} is not a time")
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        from dateutil.parser import isoparse  # slower, and slow to import, but reads more of ISO 8601
+
+        try:
+            moment = isoparse(text)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{shorten(text, 40)!r} is not a time") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def parse_http_date(text: str | None) -> datetime:
+    """Read a Date header; the local clock stands in for one that is missing or garbage."""
+    try:
+        moment = parsedate_to_datetime(text or "")
+    except (ValueError, OverflowError):
+        return datetime.now(UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+# ---- The Hub's users and servers, as values
+
+
+class Server(NamedTuple):
+    """A server that the Hub does not call stopped."""
+
+    user: str
+    name: str  # empty for the default server
+    ready: bool
+    pending: str  # what the Hub is doing with it ("spawn", "stop"), empty for nothing
+    started: datetime | None  # unknown before JupyterHub 0.9
+    last_activity: datetime | None
+    doubt: str  # what in the Hub's answer is not understood, empty for nothing
+
+    @property
+    def full_name(self) -> str:
+        """The name as the Hub writes it, safe to print: `ann`, or `ann/gpu` for a named server."""
+        return printable(f"{self.user}/{self.name}" if self.name else self.user)
+
+
+class User(NamedTuple):
+    """A user, with the servers that the token may see."""
+
+    name: str
+    admin: bool
+    created: datetime | None  # unknown before JupyterHub 0.9
+    last_activity: datetime | None
+    servers: list[Server]
+    doubt: str  # what in the Hub's answer is not understood, empty for nothing
+
+    @property
+    def full_name(self) -> str:
+        """The name, safe to print and not to be mistaken for a server's."""
+        return f"user {printable(self.name)}"
+
+    def server(self, name: str) -> Server | None:
+        """The server of that name, if there is one."""
+        return next((server for server in self.servers if server.name == name), None)
+
+
+def read_user(model: object) -> User:
+    """Turn a user model of the REST API, of any Hub since 0.6, into values. Only this function knows its keys.
+
+    What is missing or malformed makes its `doubt`. Raises ValueError only for one that has no name.
+    https://jupyterhub.readthedocs.io/en/stable/reference/rest-api.html#/default/get_users
+    """
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(name, str) or not name:
+        raise ValueError("answered a user without a name")
+    created, last_activity, doubt = None, None, ""
+    try:
+        created = parse_time(model.get("created"))
+        last_activity = parse_time(model.get("last_activity")) or created
+    except ValueError as error:
+        doubt = f"created or last_activity: {error}"
+    if last_activity is None:
+        doubt = doubt or "neither last_activity nor created is known"
+    admin = model.get("admin", "unknown")
+    if not isinstance(admin, bool):
+        doubt = doubt or "the Hub does not say whether this is an admin"
+
+    servers = model.get("servers")
+    if servers is None and "server" in model and "created" not in model:
+        # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
+        servers = {"": {"url": model["server"]}} if model["server"] or model.get("pending") else {}
+    if not isinstance(servers, dict):
+        doubt = doubt or "its servers are not shown: that takes the scope read:servers"
+        servers = {}
+    return User(
+        name,
+        admin is not False,
+        created,
+        last_activity,
+        [
+            read_server(name, server_name, server, model)
+            for server_name, server in servers.items()
+            if not (isinstance(server, dict) and server.get("stopped") is True)
+        ],
+        doubt,
+    )
+
+
+def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
+    """Turn a server model, with the user model around it, into values. Never raises."""
+    if not isinstance(model, dict):
+        return Server(user, name, False, "", None, None, "its model is not a JSON object")
+    # JupyterHub 0.6 to 0.8 know no `ready`, but set `url` then; `pending` and `last_activity` are the user's.
+    ready = model.get("ready", bool(model.get("url")))
+    pending = model["pending"] if "pending" in model else user_model.get("pending")
+    activity = model["last_activity"] if "last_activity" in model else user_model.get("last_activity")
+    started, last_activity, doubt = None, None, ""
+    try:
+        started = parse_time(model.get("started"))
+        last_activity = parse_time(activity) or started  # null until the first activity
+        if last_activity is None:
+            doubt = "neither last_activity nor started is known"
+    except ValueError as error:
+        doubt = f"started or last_activity: {error}"
+    if not isinstance(ready, bool):
+        doubt = "ready is neither true nor false"
+    return Server(user, name, ready is True, str(pending) if pending else "", started, last_activity, doubt)
+
+
+# ---- Decisions: pure, from a model, a policy and the Hub's clock
+
+
+class Policy(NamedTuple):
+    """What is due. A limit of None is never reached."""
+
+    timeout: timedelta | None
+    max_age: timedelta | None
+    default_servers: bool
+    named_servers: bool
+    admins: bool
+
+
+class Verdict(NamedTuple):
+    """Whether to cull, and why."""
+
+    cull: bool
+    because: str  # "idle" or "age" where a duration decided, else the reason in words
+    idle: timedelta | None = None
+    age: timedelta | None = None
+    limit: timedelta | None = None
+
+    @property
+    def reason(self) -> str:
+        """The reason as a log line carries it: `idle 2h03m, limit 1h`."""
+        measured = {"idle": self.idle, "age": self.age}.get(self.because)
+        if measured is None:
+            return self.because
+        limit = "no limit" if self.limit is None else f"limit {format_duration(self.limit)}"
+        return f"{self.because} {format_duration(measured, units=2)}, {limit}"
+
+
+def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
+    """Judge something last active and born at these moments by the policy's limits."""
+    idle = max(
+        now - active, ZERO
+    )  # the Date header has whole seconds only: what is active now seems to be in the future
+    age = None if born is None else max(now - born, ZERO)
+    if policy.timeout is not None and idle >= policy.timeout:
+        return Verdict(True, "idle", idle, age, policy.timeout)
+    if policy.max_age is not None and age is not None and age >= policy.max_age:
+        return Verdict(True, "age", idle, age, policy.max_age)
+    return Verdict(False, "idle", idle, age, policy.timeout)
+
+
+def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
+    """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
+    if server.doubt or server.last_activity is None:
+        return Verdict(False, server.doubt)
+    verdict = weigh(server.last_activity, server.started, policy, now)
+    if server.pending:
+        return verdict._replace(cull=False, because=f"pending {shorten(server.pending, 20)}")
+    if not server.ready:
+        return verdict._replace(cull=False, because="not ready")
+    if server.name and not policy.named_servers:
+        return verdict._replace(cull=False, because="named servers are not culled")
+    if not server.name and not policy.default_servers:
+        return verdict._replace(cull=False, because="default servers are not culled")
+    return verdict
+
+
+def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
+    """Decide whether a user is to be deleted, its servers left aside. In doubt it is kept."""
+    if user.doubt or user.last_activity is None:
+        return Verdict(False, user.doubt)
+    verdict = weigh(user.last_activity, user.created, policy, now)
+    if user.admin and not policy.admins:
+        return verdict._replace(cull=False, because="admins are not deleted")
+    return verdict
+
+
+# ---- The Hub
+
+NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
+NO_TOKEN = (
+    "the token must be of this Hub, not expired, and its owner have a role or, before JupyterHub 2.0, be an admin"
+)
+
+
+class Answer(NamedTuple):
+    """What the Hub answered to one request."""
+
+    status: int
+    body: bytes
+    now: datetime  # the Hub's clock
+
+    def json(self) -> object:
+        """The body as JSON, whatever its Content-Type says: JupyterHub 0.6 and 0.7 call it HTML. Raises ValueError."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            looks = "HTML" if self.body.lstrip()[:1] == b"<" else "no JSON" if self.body else "nothing"
+            raise ValueError(f"answered {looks}") from None
+
+    def __str__(self) -> str:
+        """What it was, for a sentence, with the Hub's own words."""
+        with contextlib.suppress(ValueError):
+            match self.json():
+                case {"message": str(words)} if words:
+                    return f"answered {self.status} ({shorten(words)})"
+        return f"answered {self.status}"
+
+
+class Page(NamedTuple):
+    """A part of the user list; the whole list from Hubs before 2.0."""
+
+    models: list[object]
+    now: datetime  # the Hub's clock
+    offset: int
+    next: object  # null on the last page, else {"offset": …}
+
+    def next_offset(self) -> int | None:
+        """Where the next page starts, None after the last. Raises HubError for a pagination that would never end."""
+        if self.next is None:
+            return None
+        offset = self.next.get("offset") if isinstance(self.next, dict) else None
+        if not isinstance(offset, int) or offset <= self.offset:
+            raise HubError(
+                f"GET /users: the page after offset {self.offset} would start at {offset}; the rest is not read"
+            )
+        return offset
+
+
+class Identity(NamedTuple):
+    """Whose a token is, and what it may do."""
+
+    kind: str  # "service" or "user"
+    name: str
+    scopes: set[str]  # expanded, without their filters
+
+
+class Hub:
+    """The REST API of one Hub, as far as culling needs it.
+
+    Threads may share it: each has a session, and so a connection, of its own. Every method that asks raises
+    HubError, or its TryAgain where another try may help. The token goes into the Authorization header only.
+    """
+
+    def __init__(self, url: str, token: str, request_timeout: timedelta) -> None:
+        self.url = url
+        self._token = token
+        self._timeout = request_timeout
+        self._thread = threading.local()
+        self._sessions: list[requests.Session] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for session in self._sessions:
+            session.close()
+
+    def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
+        """Read the user list from an offset on: `size` users, 0 for the Hub's choice, or just those with ready servers.
+
+        Hubs before 2.0 answer with the whole list, those before 1.3 also with the users who have no server.
+        """
+        query = {"state": "ready" if ready_only else None, "limit": size, "offset": offset}
+        answer = self._ask("GET", "/users", {key: value for key, value in query.items() if value})
+        if answer.status in (401, 403):
+            raise HubError(f"GET /users: {self.url} {answer}; {NO_TOKEN}")
+        if answer.status != 200:
+            raise HubError(f"GET /users: {self.url} {answer}; {NO_API}")
+        try:
+            match answer.json():
+                case list(models):
+                    return Page(models, answer.now, offset, None)
+                case {"items": list(models), "_pagination": {"next": following}}:
+                    return Page(models, answer.now, offset, following)
+        except ValueError as error:
+            raise HubError(f"GET /users: {self.url} {error}; {NO_API}") from None
+        raise HubError(f"GET /users: {self.url} answered JSON that is not a user list; {NO_API}")
+
+    def user(self, name: str) -> tuple[User | None, datetime]:
+        """Look at one user; None if there is no such user, or no such request; and the Hub's clock."""
+        answer = self._ask("GET", path := f"/users/{segment(name)}")
+        if answer.status in (404, 405):
+            return None, answer.now
+        if answer.status != 200:
+            raise HubError(f"GET {path}: the Hub {answer}")
+        try:
+            user = read_user(answer.json())
+        except ValueError as error:
+            raise HubError(f"GET {path}: the Hub {error}") from None
+        if user.name != name:
+            raise HubError(f"GET {path}: the Hub answered another user")
+        return user, answer.now
+
+    def knows(self, name: str) -> bool:
+        """Whether the Hub does not deny that there is such a user."""
+        return self._ask("GET", f"/users/{segment(name)}").status != 404
+
+    def stop(self, server: Server, *, remove: bool) -> Answer:
+        """Tell the Hub to stop a server and, if it is a named one, also to remove it."""
+        path = f"/users/{segment(server.user)}"
+        if not server.name:
+            return self._ask("DELETE", f"{path}/server")
+        return self._ask("DELETE", f"{path}/servers/{segment(server.name)}", body={"remove": True} if remove else None)
+
+    def delete_user(self, name: str) -> Answer:
+        """Tell the Hub to delete a user, and to stop the user's servers first."""
+        return self._ask("DELETE", f"/users/{segment(name)}")
+
+    def identity(self) -> Identity | None:
+        """Whose the token is and which scopes it has; None from Hubs that cannot tell (before 2.0)."""
+        answer = self._ask("GET", "/user")
+        with contextlib.suppress(ValueError):
+            match answer.json():
+                case {"kind": str(kind), "name": str(name), "scopes": list(scopes)}:
+                    return Identity(kind, name, {str(scope).partition("!")[0] for scope in scopes})
+        return None
+
+    def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
+        """Send one request and read its answer."""
+        import requests
+
+        session = self._session()
+        prepared = session.prepare_request(requests.Request(method, self.url, json=body))
+        # Set last, because requests would decode a name such as %2E%2E again and then take it for the folder above.
+        prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+        try:
+            response = session.send(
+                prepared, timeout=self._timeout.total_seconds(), allow_redirects=False, **self._transport(session)
+            )
+        except requests.RequestException as error:
+            raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
+        answer = Answer(response.status_code, response.content, parse_http_date(response.headers.get("Date")))
+        if answer.status in (429, 502, 503, 504):
+            pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
+            raise TryAgain(f"{method} {path}: the Hub {answer}", pause)
+        if 300 <= answer.status < 400:
+            where = shorten(response.headers.get("Location", "nowhere"))
+            raise HubError(f"{method} {path}: {self.url} redirects to {where}, which is not followed; {NO_API}")
+        return answer
+
+    def _session(self) -> requests.Session:
+        """This thread's session."""
+        session: requests.Session | None = getattr(self._thread, "session", None)
+        if session is None:
+            session = self._thread.session = open_session(self._token)
+            self._sessions.append(session)
+        return session
+
+    def _transport(self, session: requests.Session) -> Mapping[str, Any]:
+        """Heed $REQUESTS_CA_BUNDLE and, because a proxy for plain HTTP would see the token, $HTTPS_PROXY only."""
+        settings = session.merge_environment_settings(self.url, {}, None, None, None)
+        return settings if self.url.startswith("https:") else {**settings, "proxies": {}}
+
+
+def open_session(token: str) -> requests.Session:
+    """A session that authorizes itself, keeps no cookies and takes no credentials from .netrc."""
+    import requests
+    from requests.cookies import RequestsCookieJar
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"token {token}"
+        return request
+
+    session = requests.Session()
+    session.auth = authorize
+    session.headers["Accept"] = "application/jupyterhub-pagination+json"
+    session.headers["User-Agent"] = f"cull_idle/{__version__}"
+    session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
+    return session
+
+
+def segment(name: str) -> str:
+    """A name as one segment of a path, such that no server or proxy takes a part of it for anything else."""
+    quoted = quote(name, safe="", errors="surrogatepass")
+    return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
+
+
+def parse_retry_after(text: str | None, now: datetime) -> float:
+    """Seconds that a Retry-After header asks for, 0 for one that is missing or garbage."""
+    if text and text.isdecimal():
+        return float(text)
+    try:
+        return (parsedate_to_datetime(text or "") - now).total_seconds()
+    except (ValueError, TypeError):
+        return 0
+
+
+def no_answer(request: str, url: str, error: requests.RequestException, timeout: timedelta) -> HubError:
+    """The sentence for a request that was not answered."""
+    import requests
+    import urllib3
+
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    where = f"{request}: {url}"
+    if caused_by(requests.exceptions.SSLError, ssl.SSLError):
+        return HubError(f"{where}: TLS failed: {shorten(str(causes[-1]))}")
+    if caused_by(socket.gaierror, urllib3.exceptions.NameResolutionError):
+        return TryAgain(f"{where}: its host name does not resolve; is --url right?")
+    if caused_by(ConnectionRefusedError):
+        return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
+    if caused_by(requests.Timeout, urllib3.exceptions.TimeoutError):
+        return HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
+    if caused_by(requests.ConnectionError, requests.exceptions.ChunkedEncodingError, OSError):
+        return TryAgain(
+            f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
+        )
+    return HubError(f"{where} cannot be asked: {shorten(str(causes[-1]))}")
+
+
+# ---- Scopes: what the token must be allowed to do, from JupyterHub 2.0 on
+
+
+def role_for(settings: Settings, identity: Identity | None) -> str:
+    """The lines of jupyterhub_config.py that allow the token's owner what these settings need."""
+    scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers"]
+    if settings.cull_users:
+        scopes.append("admin:users")
+    kind, name = (identity.kind, identity.name) if identity else ("service", "cull-idle")
+    role = {"name": "cull-idle", "scopes": scopes, f"{kind}s": [name]}
+    return f"c.JupyterHub.load_roles = [{json.dumps(role)}]"
+
+
+def check_scopes(identity: Identity, settings: Settings) -> None:
+    """Raise HubError, with the role that would help, if the token may not do what these settings need."""
+    needed = ["list:users", "read:servers"]
+    if not settings.dry_run:
+        needed.append("delete:servers")
+        if settings.cull_users and "delete:users" not in identity.scopes:
+            needed.append("admin:users")
+    if missing := [scope for scope in needed if scope not in identity.scopes]:
+        raise HubError(
+            f"the token of {identity.kind} {printable(identity.name)} lacks {' and '.join(missing)};"
+            f" add to jupyterhub_config.py: {role_for(settings, identity)}"
+        )
+
+
+# ---- A pass: scan, then cull
+
+PAUSES = (0.5, 1, 2)  # seconds between tries
+LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
+
+
+class Due(NamedTuple, Generic[Target]):
+    """A server or user, and what was decided about it."""
+
+    target: Target
+    verdict: Verdict
+
+
+@dataclasses.dataclass
+class Scan:
+    """What the user list says, taken in page by page. What is kept is only counted, or a large Hub would not fit."""
+
+    settings: Settings
+    running: int = 0
+    servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
+    users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
+    kept: list[Due[Server] | Due[User]] = dataclasses.field(default_factory=list)  # for --dry-run --verbose only
+    doubts: int = 0
+    first_doubt: str = ""
+    error: HubError | None = None  # why the list is not complete
+
+    def add(self, page: Page) -> None:
+        """Decide about all users and servers of a page."""
+        server_policy, user_policy = self.settings.server_policy, self.settings.user_policy
+        for model in page.models:
+            try:
+                user = read_user(model)
+            except ValueError as error:
+                self._doubt("the user list", str(error))
+                continue
+            staying = 0
+            for server in user.servers:
+                verdict = judge_server(server, server_policy, page.now)
+                self.running += server.ready
+                if verdict.cull:
+                    self.servers.setdefault((user.name, server.name), Due(server, verdict))
+                else:
+                    staying += 1
+                    self._keep(Due(server, verdict))
+            if self.settings.cull_users and not staying:
+                verdict = judge_user(user, user_policy, page.now)
+                if verdict.cull:
+                    self.users.setdefault(user.name, Due(user, verdict))
+                else:
+                    self._keep(Due(user, verdict))
+
+    def _keep(self, kept: Due[Server] | Due[User]) -> None:
+        if kept.target.doubt:
+            self._doubt(kept.target.full_name, kept.target.doubt)
+        if self.settings.dry_run and self.settings.verbose:
+            self.kept.append(kept)
+
+    def _doubt(self, where: str, what: str) -> None:
+        self.doubts += 1
+        self.first_doubt = self.first_doubt or f"{where}: {what}"
+
+
+def scan_hub(hub: Hub, settings: Settings, stop: threading.Event) -> Scan:
+    """Read the whole user list. After an error, what was read may be stopped, but no user is deleted."""
+    scan = Scan(settings)
+    offset: int | None = 0
+    try:
+        while offset is not None and not stop.is_set():
+            read_page = partial(hub.page, offset, size=settings.api_page_size, ready_only=not settings.cull_users)
+            page = patiently(read_page, stop)
+            scan.add(page)
+            offset = page.next_offset()
+    except HubError as error:
+        scan.error = error
+        scan.users.clear()
+    return scan
+
+
+def patiently(task: Callable[[], T], stop: threading.Event) -> T:
+    """Do a task; while it raises TryAgain, and nobody says stop, do it again after growing pauses, a few times."""
+    for pause in PAUSES:
+        try:
+            return task()
+        except TryAgain as failure:
+            if stop.wait(min(max(pause, failure.pause), LONGEST_PAUSE)):
+                raise
+    return task()
+
+
+class Outcome(enum.StrEnum):
+    """What became of something that was due."""
+
+    CULLED = "culled"
+    STOPPING = "stopping"
+    GONE = "gone"
+    SPARED = "spared"
+    FAILED = "failed"
+
+
+class Event(NamedTuple):
+    """What became of one server or user that was due."""
+
+    target: Server | User
+    outcome: Outcome
+    why: str
+    ends_pass: bool = False  # the token may not do this to anything
+
+    @property
+    def level(self) -> int:
+        """How loud to log it."""
+        return {Outcome.STOPPING: logging.WARNING, Outcome.FAILED: logging.ERROR}.get(self.outcome, logging.INFO)
+
+    def __str__(self) -> str:
+        deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
+        return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {self.why}"
+
+
+@dataclasses.dataclass
+class Culling:
+    """The second half of a pass: each server and user that the scan found due is looked at once more, and culled."""
+
+    hub: Hub
+    scan: Scan
+    stop: threading.Event
+    ended: bool = False
+    # By user, the verdict of the first second look: nothing of the user's was stopped before, which is an activity too.
+    looks: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+
+    def events(self) -> Iterator[Event]:
+        """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
+        staying: set[str] = set()
+        with ThreadPoolExecutor(self.scan.settings.concurrency) as workers:
+            try:
+                for event in self._side_by_side(workers, self._stop_server, self.scan.servers.values()):
+                    if isinstance(event.target, Server) and event.outcome not in (Outcome.CULLED, Outcome.GONE):
+                        staying.add(event.target.user)
+                    yield event
+                vacant = [due for due in self.scan.users.values() if due.target.name not in staying]
+                yield from self._side_by_side(workers, self._delete_user, vacant)
+            finally:
+                self.ended = True
+        for name in staying & self.scan.users.keys():
+            yield Event(self.scan.users[name].target, Outcome.SPARED, "a server is still there")
+
+    def _side_by_side(
+        self, workers: ThreadPoolExecutor, cull: Callable[[Due[Target]], Event], dues: Iterable[Due[Target]]
+    ) -> Iterator[Event]:
+        def work(due: Due[Target]) -> Event | None:
+            if self.ended or self.stop.is_set():
+                return None
+            try:
+                return patiently(partial(cull, due), self.stop)
+            except HubError as error:
+                return Event(due.target, Outcome.FAILED, f"{due.verdict.reason}; {error}")
+
+        for future in as_completed([workers.submit(work, due) for due in dues]):
+            if event := future.result():
+                self.ended = self.ended or event.ends_pass
+                yield event
+
+    def _stop_server(self, due: Due[Server]) -> Event:
+        server, settings = due.target, self.scan.settings
+        verdict = due.verdict
+        user, now = self.hub.user(server.user)
+        if user is not None:
+            self.looks.setdefault(user.name, judge_user(user, settings.user_policy, now))
+            fresh = user.server(server.name)
+            if fresh is None:
+                return Event(server, Outcome.GONE, "not running any more")
+            if fresh.pending == "stop":
+                return Event(server, Outcome.STOPPING, "the Hub is stopping it already")
+            if fresh.started != server.started:
+                return Event(server, Outcome.SPARED, "it was started anew")
+            verdict = judge_server(fresh, settings.server_policy, now)
+            if not verdict.cull:
+                return Event(server, Outcome.SPARED, change_of_mind(verdict))
+
+        asked = time.monotonic()
+        answer = self.hub.stop(server, remove=settings.remove_named_servers)
+        removed = "; removed" if server.name and settings.remove_named_servers else ""
+        match answer.status:
+            case 204:
+                return Event(server, Outcome.CULLED, verdict.reason + removed)
+            case 202:
+                waited = format_duration(timedelta(seconds=round(time.monotonic() - asked)))
+                return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}")
+            case 404 | 400:
+                return Event(server, Outcome.GONE, f"the Hub {answer}")
+        return self._refused(server, verdict, answer, "delete:servers")
+
+    def _delete_user(self, due: Due[User]) -> Event:
+        user, verdict = due
+        fresh, now = self.hub.user(user.name)
+        if fresh is not None:
+            if fresh.servers:
+                return Event(user, Outcome.SPARED, "a server is there again")
+            if fresh.created != user.created:
+                return Event(user, Outcome.SPARED, "it was created anew")
+            verdict = judge_user(fresh, self.scan.settings.user_policy, now)
+            if user.servers and not fresh.doubt:
+                verdict = self.looks.get(user.name, verdict)
+            if not verdict.cull:
+                return Event(user, Outcome.SPARED, change_of_mind(verdict))
+
+        answer = self.hub.delete_user(user.name)
+        match answer.status:
+            case 204:
+                return Event(user, Outcome.CULLED, verdict.reason)
+            case 404:
+                return Event(user, Outcome.GONE, f"the Hub {answer}")
+            case 400:  # it has a server that is stopping, or is the token's owner
+                return Event(user, Outcome.SPARED, f"the Hub {answer}")
+        return self._refused(user, verdict, answer, "admin:users")
+
+    def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
+        """The event for a DELETE that did not work."""
+        why = f"{verdict.reason}; the Hub {answer}"
+        if answer.status in (401, 403):
+            role = role_for(self.scan.settings, None)
+            why += f"; the token needs the scope {scope}, or before JupyterHub 2.0 to be an admin's: {role}"
+            return Event(target, Outcome.FAILED, why, ends_pass=True)
+        owner = target.user if isinstance(target, Server) else target.name
+        if answer.status == 500 and not self.hub.knows(owner):  # what JupyterHub 2 to 4 say for a user that is no more
+            return Event(target, Outcome.GONE, f"the Hub {answer}")
+        return Event(target, Outcome.FAILED, why)
+
+
+def change_of_mind(verdict: Verdict) -> str:
+    """Why the second look spares what the scan found due."""
+    if verdict.because == "idle" and verdict.idle is not None:
+        return f"active again {format_duration(verdict.idle, units=2)} ago"
+    return verdict.reason
+
+
+@dataclasses.dataclass
+class PassResult:
+    """What a pass came to."""
+
+    running: int = 0
+    due: int = 0
+    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)
+    deleted: int = 0  # users; they are not among the outcomes
+    seconds: float = 0
+    refused: bool = False  # the token may not do what was due
+    error: CullError | None = None  # why the user list was not read, or not all of it
+
+    @property
+    def undone(self) -> int:
+        """How many were due and not tried, because the pass ended early."""
+        return self.due - self.deleted - self.outcomes.total()
+
+    def count(self, event: Event) -> None:
+        """Take in what became of something due."""
+        self.refused = self.refused or event.ends_pass
+        if event.outcome is Outcome.CULLED and isinstance(event.target, User):
+            self.deleted += 1
+        else:
+            self.outcomes[event.outcome] += 1
+
+    @property
+    def exit_code(self) -> Exit:
+        """What --once exits with."""
+        if self.error:
+            return self.error.exit_code
+        if self.refused:
+            return Exit.NO_HUB
+        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone else Exit.DONE
+
+    def __str__(self) -> str:
+        counts = [f"{self.running} running", f"{self.due} due"]
+        counts += [f"{self.outcomes[outcome]} {outcome}" for outcome in Outcome if self.outcomes[outcome]]
+        counts += [
+            f"{count} {what}" for count, what in ((self.deleted, "deleted"), (self.undone, "left undone")) if count
+        ]
+        return f"{', '.join(counts)} in {self.seconds:.1f}s"
+
+
+class Culler:
+    """Makes passes, as the settings say, until told to stop."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        self.settings = settings
+        self.stop = stop
+        self._scopes_checked = False
+
+    def run(self) -> Exit:
+        """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
+        read_token(self.settings.token_file)
+        if self.settings.once or self.settings.dry_run:
+            result = self.make_pass()
+            self._report(result)
+            interrupted = self.stop.is_set() and not self.settings.dry_run
+            return max(result.exit_code, Exit.UNDONE) if interrupted else result.exit_code
+        failures = 0
+        while not self.stop.is_set():
+            began = time.monotonic()
+            result = self.make_pass()
+            failures = failures + 1 if result.exit_code else 0
+            interval = self.settings.interval.total_seconds()
+            pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
+            self._report(result, None if self.stop.is_set() else pause)
+            self.stop.wait(pause)
+        log.info("told to stop")
+        return Exit.DONE
+
+    def make_pass(self) -> PassResult:
+        """Scan the Hub once and cull what is due, or show it."""
+        began = time.monotonic()
+        result = PassResult()
+        try:
+            with Hub(self.settings.url, read_token(self.settings.token_file), self.settings.request_timeout) as hub:
+                self._check_scopes(hub)
+                scan = scan_hub(hub, self.settings, self.stop)
+                result.error = scan.error
+                result.running = scan.running
+                if scan.doubts:
+                    log.warning(
+                        "kept %d that the Hub describes unclearly; the first: %s", scan.doubts, scan.first_doubt
+                    )
+                if self.settings.dry_run:
+                    show_plan(scan)
+                else:
+                    result.due = len(scan.servers) + len(scan.users)
+                    for event in Culling(hub, scan, self.stop).events():
+                        log.log(event.level, "%s", event)
+                        result.count(event)
+        except CullError as error:
+            result.error = error
+        result.seconds = time.monotonic() - began
+        self._scopes_checked = self._scopes_checked or not result.error
+        return result
+
+    def _check_scopes(self, hub: Hub) -> None:
+        """Complain of missing scopes before anything is done, unless a pass has worked or the Hub cannot tell."""
+        if self._scopes_checked:
+            return
+        try:
+            identity = patiently(hub.identity, self.stop)
+        except TryAgain:
+            raise
+        except HubError:  # GET /users will say it better
+            return
+        if identity:
+            check_scopes(identity, self.settings)
+
+    def _report(self, result: PassResult, pause: float | None = None) -> None:
+        """Log what a pass came to, and in how many seconds the next one starts."""
+        following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
+        if result.error:
+            log.error("%s%s", result.error, following)
+        if result.running or not result.error:
+            log.log(logging.DEBUG if self.settings.dry_run else logging.INFO, "pass: %s%s", result, following)
+
+
+def read_token(path: Path | None) -> str:
+    """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises TokenError."""
+    source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
+    try:
+        token = (path.read_text() if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
+    except OSError as error:
+        raise TokenError(f"{source} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        token = "not even text"
+    if not token:
+        where = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
+        raise TokenError(f"{source} {where}: put an API token of the Hub there (README: a first real run).")
+    if not re.fullmatch("[!-~]+", token):
+        raise TokenError(f"{source} does not hold an API token: a token is one word of plain ASCII characters.")
+    return token
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal ends the program at once."""
+    stop = threading.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def tell(*_: object) -> None:
+        stop.set()
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in signals:
+        signal.signal(number, tell)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- What it shows
+
+
+def show_plan(scan: Scan) -> None:
+    """Print what a pass would do, the longest idle first."""
+    verb = "removed" if scan.settings.remove_named_servers else "stopped"
+    rows: list[tuple[Due[Server] | Due[User], str]] = [
+        *((due, verb if due.target.name else "stopped") for due in scan.servers.values()),
+        *((due, "deleted") for due in scan.users.values()),
+        *((due, "kept") for due in scan.kept),
+    ]
+    rows.sort(key=lambda row: row[0].verdict.idle or ZERO, reverse=True)
+    table = [("SERVER", "IDLE", "AGE", "WOULD BE")]
+    for (target, verdict), would_be in rows:
+        idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
+        table.append((target.full_name, idle, age, f"{would_be}: {verdict.reason}"))
+    if rows:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for name, idle, age, would_be in table:
+            click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
+    users = f", {len(scan.users)} users deleted" if scan.settings.cull_users else ""
+    click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr, in lines that begin with the time and the level."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level.upper())
+
+
+# ---- The command line: each option is declared once, as a field of Settings
+
+
+def duration(*, least: timedelta = ZERO, never: bool = False) -> dict[str, Any]:
+    """Attributes of an option that is a duration of at least that much, or perhaps `never`."""
+
+    def convert(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
+        if value is None or (never and value.strip().lower() == "never"):
+            return None
+        try:
+            number = parse_duration(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+        if number < least:
+            raise click.BadParameter(f"{value!r} is too short: at least {least.total_seconds():g}s.")
+        return number
+
+    return {"callback": convert, "metavar": "DURATION|never" if never else "DURATION"}
+
+
+def hub_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """Check a URL as far as that is possible without asking it."""
+    try:
+        url = urlsplit(value)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not re.fullmatch("[!-~]+", value):
+        raise click.BadParameter(f"{shorten(value)!r} is not a URL like http://127.0.0.1:8081/hub/api.")
+    if url.username is not None or url.query or url.fragment:
+        raise click.BadParameter("a Hub's URL has no user, no password, no ? and no #.")
+    return value.rstrip("/")
+
+
+class GroupedOption(click.Option):
+    """An option that --help shows under a heading."""
+
+    def __init__(self, *args: Any, heading: str, **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.heading = heading
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help shows its options under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, in the order in which they are declared."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                names, text = record
+                section = sections.setdefault(getattr(param, "heading", OUTPUT), [])
+                section.append((names.replace(" [=", "[="), text))
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=32)
+
+
+def option(heading: str, help: str, *names: str, **attrs: Any) -> Any:
+    """A field of Settings that is an option of the same name; `attrs` as for click.Option."""
+    attrs = {"show_default": True, "help": help, "heading": heading, **attrs}
+    return dataclasses.field(metadata={"names": names, "attrs": attrs})
+
+
+def boolean(heading: str, help: str, default: str) -> Any:
+    """A field of Settings that is an option given bare or as --option=BOOL."""
+    return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
+
+
+WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that the command line, the environment and the defaults decide."""
+
+    timeout: timedelta | None = option(
+        WHAT,
+        "Stop servers idle for at least this long; 0 stops every ready server.",
+        **duration(never=True),
+        default="10m",
+    )
+    max_age: timedelta | None = option(
+        WHAT,
+        "Stop servers that started at least this long ago, even active ones; 0 is never.",
+        **duration(never=True),
+        default="never",
+    )
+    cull_default_servers: bool = boolean(WHAT, "Cull default servers.", "true")
+    cull_named_servers: bool = boolean(WHAT, "Cull named servers.", "true")
+    remove_named_servers: bool = boolean(WHAT, "Also remove a named server once it is stopped.", "false")
+    cull_users: bool = boolean(WHAT, "Also delete idle users none of whose servers still run.", "false")
+    cull_admin_users: bool = boolean(WHAT, "Let --cull-users delete admins too.", "true")
+
+    once: bool = option(WHEN, "Make one pass, then exit.", is_flag=True, show_default=False)
+    cull_every: timedelta | None = option(
+        WHEN,
+        "Time between the starts of two passes; they never overlap.  [default: half of --timeout]",
+        **duration(least=timedelta(seconds=1)),
+    )
+    dry_run: bool = option(
+        WHEN, "Decide and show, change nothing; with -v show the kept ones too.", is_flag=True, show_default=False
+    )
+
+    url: str = option(
+        HUB,
+        "The Hub's API; $JUPYTERHUB_API_URL if set.",
+        envvar=["CULL_IDLE_URL", "JUPYTERHUB_API_URL"],
+        default="http://127.0.0.1:8081/hub/api",
+        callback=hub_url,
+        metavar="URL",
+    )
+    token_file: Path | None = option(
+        HUB,
+        "Read the API token from this file, again for each pass, and not from $JUPYTERHUB_API_TOKEN.",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+    )
+    concurrency: int = option(
+        HUB, "Requests in flight at the same time.", type=click.IntRange(min=1), default=10, metavar="N"
+    )
+    api_page_size: int = option(
+        HUB,
+        "Users per page; the Hub caps it, 0 leaves it to the Hub.",
+        type=click.IntRange(min=0),
+        default=200,
+        metavar="N",
+    )
+    request_timeout: timedelta = option(
+        HUB,
+        "Time for one request; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
+        envvar=["CULL_IDLE_REQUEST_TIMEOUT", "JUPYTERHUB_REQUEST_TIMEOUT"],
+        **duration(least=timedelta(milliseconds=1)),
+        default="60",
+    )
+
+    verbose: bool = option(OUTPUT, "Say more.", "-v", is_flag=True, show_default=False)
+    quiet: bool = option(OUTPUT, "Say nothing unless something failed.", "-q", is_flag=True, show_default=False)
+    log_level: str | None = option(
+        OUTPUT,
+        "Say exactly this much.  [default: info]",
+        type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
+        metavar="LEVEL",
+    )
+
+    @property
+    def level(self) -> str:
+        """The level of the log."""
+        return self.log_level or ("debug" if self.verbose else "error" if self.quiet else "info")
+
+    @property
+    def interval(self) -> timedelta:
+        """Time between the starts of two passes."""
+        half = (self.timeout or self.max_age or timedelta(minutes=10)) / 2
+        return self.cull_every or max(half, timedelta(seconds=1))
+
+    @cached_property
+    def server_policy(self) -> Policy:
+        """What is due of the servers."""
+        return Policy(self.timeout, self.max_age or None, self.cull_default_servers, self.cull_named_servers, True)
+
+    @cached_property
+    def user_policy(self) -> Policy:
+        """What is due of the users."""
+        return self.server_policy._replace(admins=self.cull_admin_users)
+
+
+ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity_interval, and some time to do it
+
+
+def run(**values: Any) -> Exit:
+    """Stop the idle servers of a JupyterHub."""
+    settings = Settings(**values)
+    set_up_logging(settings.level)
+    if settings.timeout and settings.timeout < ACTIVITY_INTERVAL:
+        log.warning(
+            "--timeout %s may stop servers in use: a Hub refreshes last_activity every 5m by default"
+            " (JupyterHub.last_activity_interval); from 5m30s on it is safe",
+            format_duration(settings.timeout),
+        )
+    with stop_signals() as stop:
+        return Culler(settings, stop).run()
+
+
+def make_command() -> click.Command:
+    """The command line, from the fields of Settings."""
+    params: list[click.Parameter] = [
+        GroupedOption([f"--{field.name.replace('_', '-')}", *field.metadata["names"]], **field.metadata["attrs"])
+        for field in dataclasses.fields(Settings)
+    ]
+    command = GroupedCommand(
+        PROGRAM,
+        params=params,
+        callback=run,
+        help="Stop the idle servers of a JupyterHub: once, or in a loop."
+        " The API token comes from $JUPYTERHUB_API_TOKEN or --token-file.",
+        epilog="A DURATION is seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment variable"
+        " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
+        context_settings={
+            "auto_envvar_prefix": "CULL_IDLE",
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda name: name.replace("_", "-"),  # as the old scripts wrote them
+        },
+    )
+    version = click.version_option(
+        __version__, prog_name=PROGRAM, message="%(prog)s %(version)s", allow_from_autoenv=False
+    )
+    return version(command)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        return int(make_command().main(args, PROGRAM, standalone_mode=False))
+    except click.ClickException as error:
+        click.echo(f"{PROGRAM}: {error.format_message()}", err=True)
+        return Exit.USAGE
+    except CullError as error:
+        click.echo(f"{PROGRAM}: {error}", err=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What all tests share: the program, run in this process, one real Hub, and a scripted one for each test."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import pytest
+from hub import RealHub
+from scripted_hub import ScriptedHub
+
+import cull_idle
+
+TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE)
+
+
+class Result(NamedTuple):
+    """What a run of the program came to."""
+
+    exit_code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines on stderr, without their timestamps."""
+        return TIMESTAMP.sub("", self.err).splitlines()
+
+
+class Cull(Protocol):
+    """Runs the program."""
+
+    def __call__(self, *args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result: ...
+
+
+@pytest.fixture
+def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cull:
+    """Run `cull_idle.py ARGS` with a token and nothing else of ours in the environment; no run may print the token."""
+
+    def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+        for name in os.environ:
+            if name.startswith(("CULL_IDLE_", "JUPYTERHUB_")):
+                monkeypatch.delenv(name)
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        if token is not None:
+            monkeypatch.setenv("JUPYTERHUB_API_TOKEN", token)
+        capsys.readouterr()
+        exit_code = cull_idle.main(list(args))
+        result = Result(exit_code, *capsys.readouterr())
+        assert "Traceback" not in result.out + result.err
+        assert not token or not token.strip() or token not in result.out + result.err
+        return result
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _quiet_log() -> Iterator[None]:
+    """Leave no handler behind that writes to a stream that pytest has closed."""
+    yield
+    logging.getLogger("cull_idle").handlers.clear()
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedHub]:
+    """A Hub that misbehaves on command."""
+    with ScriptedHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
+    """Run `cull_idle.py --once --url SCRIPTED ARGS`."""
+
+    def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+        return cull("--once", "--url", scripted.url, *args, token=scripted.token if token is None else token, env=env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def session_hub() -> Iterator[RealHub]:
+    """The one real Hub; slow stops are answered with 202 after a second."""
+    with RealHub(slow_stop_timeout=1) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(session_hub: RealHub) -> Iterator[RealHub]:
+    """The real Hub, empty."""
+    yield session_hub
+    session_hub.clear()
+
+
+@pytest.fixture
+def cull_real(cull: Cull, hub: RealHub) -> Cull:
+    """Run `cull_idle.py --once --url HUB ARGS` with the token of a culler."""
+
+    def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+        return cull("--once", "--url", hub.url, *args, token=hub.culler_token if token is None else token, env=env)
+
+    return run

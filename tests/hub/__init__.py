@@ -1,0 +1,298 @@
+"""A throw-away Hub: real, on loopback, with doubles for what it would start and talk to."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import requests
+
+CONFIG = Path(__file__).with_name("jupyterhub_config.py")
+
+# As `python -m jupyterhub` does, but without an optional import of jsonschema that takes a second.
+START = """
+import sys
+sys.modules["rfc3987_syntax"] = None
+from jupyterhub.app import main
+main()
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def full_name(name: str, server: str = "") -> str:
+    return f"{name}/{server}" if server else name
+
+
+def api_path(*segments: str) -> str:
+    return "/" + "/".join(quote(segment, safe="") for segment in segments)
+
+
+def server_path(name: str, server: str) -> str:
+    return api_path("users", name, *(["servers", server] if server else ["server"]))
+
+
+class RealHub:
+    """A Hub in a process of its own, from __enter__ to __exit__.
+
+    Its database is in a temporary directory, its servers exist only in its own process, and
+    they outlive it: after restart() they still run. It ends also when this process is killed.
+    """
+
+    def __init__(
+        self,
+        *,
+        slow_stop_timeout: float = 10,
+        python: str = sys.executable,
+        extra_config: str = "",
+    ) -> None:
+        """slow_stop_timeout: seconds until the Hub answers 202 to a DELETE.
+
+        extra_config: Python, run at the end of the Hub's configuration.
+        """
+        self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
+        port, public_port, server_port = free_ports(3)
+        self.url = f"http://127.0.0.1:{port}/hub/api"
+        self._command = [python, "-c", START, "-f", str(CONFIG)]
+        self._environment = {
+            **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key},
+            "REAL_HUB_PORT": str(port),
+            "REAL_HUB_PUBLIC_PORT": str(public_port),
+            "REAL_HUB_SERVER_PORT": str(server_port),
+            "REAL_HUB_SLOW_STOP_TIMEOUT": str(slow_stop_timeout),
+            "REAL_HUB_ADMIN_TOKEN": self.admin_token,
+            "REAL_HUB_CULLER_TOKEN": self.culler_token,
+            "REAL_HUB_USER_CULLER_TOKEN": self.user_culler_token,
+            "REAL_HUB_EXTRA_CONFIG": extra_config,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            directory = tempfile.TemporaryDirectory(prefix="real-hub-", ignore_cleanup_errors=True)
+            self._directory = Path(stack.enter_context(directory))
+            self._pool = stack.enter_context(ThreadPoolExecutor(10))
+            stack.callback(self.stop)
+            self.start()
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._undo.close()
+
+    # Its process
+
+    def start(self) -> None:
+        """Start the Hub, on the same port every time, and wait until it answers."""
+        session = requests.Session()
+        session.trust_env = False
+        session.headers["Authorization"] = f"token {self.admin_token}"
+        session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=10))
+        self._session = session
+        with (self._directory / "log").open("ab") as log:
+            # In a session of its own, so that Ctrl-C ends the tests first, then the Hub.
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._directory,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_until(self._answers, "answers")
+
+    def stop(self) -> None:
+        """Stop the Hub's process; its servers stay, as far as it is concerned."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.send_signal(signal.SIGTERM)
+            process.wait(5)
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        finally:
+            if process.stdin:
+                process.stdin.close()
+            self._session.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def log(self) -> str:
+        """All that the Hub has logged since the first start."""
+        return (self._directory / "log").read_text("utf-8", "replace")
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return self._session.get(f"{self.url}/users", timeout=30).ok
+        return False
+
+    def _wait_until(
+        self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.02
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self._process is None or self._process.poll() is not None:
+                raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not after {timeout}s: {what}\n{self.log()[-4000:]}")
+            time.sleep(pause)
+
+    # Its API, as the admin service
+
+    def api(self, method: str, path: str, *, json: object = None, allow: Sequence[int] = ()) -> requests.Response:
+        """One request; raises requests.HTTPError for a status above 399 that is not in `allow`."""
+        answer = self._session.request(
+            method,
+            self.url + path,
+            json=json,
+            headers={"Accept": "application/jupyterhub-pagination+json"},
+            timeout=60,
+        )
+        if answer.status_code not in allow:
+            answer.raise_for_status()
+        return answer
+
+    def models(self, what: str) -> list[dict[str, Any]]:
+        """The models of all "users" or "groups", from all pages."""
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self.api("GET", f"/{what}?limit=200&offset={len(found)}").json()
+            if isinstance(page, list):  # Hubs before 2.0
+                return page
+            found += page["items"]
+            if not page["_pagination"]["next"]:
+                return found
+
+    def users(self) -> set[str]:
+        return {user["name"] for user in self.models("users")}
+
+    def running(self) -> set[str]:
+        """The full names of all servers that are ready, such as "ann" and "ann/gpu"."""
+        return {
+            full_name(user["name"], server)
+            for user in self.models("users")
+            for server, model in user["servers"].items()
+            if model["ready"]
+        }
+
+    def server(self, name: str, server: str = "") -> dict[str, Any] | None:
+        """The Hub's model of a server that is not stopped."""
+        answer = self.api("GET", api_path("users", name), allow=[404])
+        if answer.status_code == 404:
+            return None
+        model: dict[str, Any] | None = answer.json()["servers"].get(server)
+        return model
+
+    def token_with(self, *scopes: str) -> str:
+        """A new token with just these scopes; needs a Hub since 3.0."""
+        token: str = self._backdoor("token", scopes=scopes)
+        return token
+
+    # Its users and servers
+
+    def add_user(
+        self,
+        name: str,
+        *,
+        admin: bool = False,
+        idle_seconds: float | None = None,
+        age_seconds: float | None = None,
+        groups: Sequence[str] = (),
+    ) -> None:
+        """A user without a server, last active and created that long ago.
+
+        idle_seconds=None: never active.
+        """
+        self.api("POST", api_path("users", name), json={"admin": admin})
+        self._backdoor("user", name=name, last_activity=idle_seconds, created=age_seconds)
+        for group in groups:
+            self.api("POST", api_path("groups", group), allow=[409])
+            self.api("POST", api_path("groups", group, "users"), json={"users": [name]})
+
+    def spawn(self, name: str, server: str = "", *, wait: bool = True, **user_options: object) -> None:
+        """Start a server, of a user who need not exist yet, and wait until it is ready.
+
+        user_options are the server's; of these the double that stands for it takes note:
+
+        - idle_seconds, age_seconds: it was last active, it started that long ago
+          (without age_seconds, it was last active when it started)
+        - user_idle_seconds, user_age_seconds: its user was last active, was created
+        - start_seconds, stop_seconds: it takes that long to start, to stop
+        - stop_fails: stopping it raises an exception in the Hub
+
+        Without any, the Hub takes those of the last time.
+        """
+        self.spawn_many([(name, server, user_options)], wait=wait)
+
+    def spawn_many(self, servers: Iterable[tuple[str, str, Mapping[str, object]]], *, wait: bool = True) -> None:
+        """Start servers, given as (user, server, user_options), all at the same time."""
+        servers = list(servers)
+        names = sorted({name for name, _, _ in servers})
+        self.api("POST", "/users", json={"usernames": names}, allow=[409])
+
+        def start(server: tuple[str, str, Mapping[str, object]]) -> None:
+            self.api("POST", server_path(*server[:2]), json=server[2])
+
+        list(self._pool.map(start, servers))
+        if wait:
+            wanted = {full_name(name, server) for name, server, _ in servers}
+            self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
+
+    def touch(self, name: str, server: str = "", *, idle_seconds: float = 0) -> None:
+        """Make a server last active that long ago, as if it or its proxy had told the Hub."""
+        self._backdoor("server", name=name, server=server, last_activity=idle_seconds)
+
+    def clear(self) -> None:
+        """Delete every user, server and group, whatever is pending; returns when they are gone."""
+        self._wait_until(self._cleared, "everything is deleted")
+        for group in self.models("groups"):
+            self.api("DELETE", api_path("groups", group["name"]))
+
+    def _cleared(self) -> bool:
+        users = self.models("users")
+        if users:
+            self._backdoor("hurry")
+            list(self._pool.map(self._delete, users))
+        return not users
+
+    def _delete(self, user: Mapping[str, Any]) -> None:
+        """Try to, at least: what is pending is left for the next time."""
+        servers = user["servers"]
+        if any(server["pending"] for server in servers.values()):
+            return
+        for server in servers:
+            self.api("DELETE", server_path(user["name"], server), allow=[400, 404])
+        self.api("DELETE", api_path("users", user["name"]), allow=[400, 404, 500])
+
+    def _backdoor(self, action: str, **arguments: object) -> Any:
+        """See BackdoorHandler in doubles.py."""
+        return self.api("POST", f"/testing/{action}", json=arguments).json()

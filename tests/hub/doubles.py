@@ -1,0 +1,206 @@
+# mypy: ignore-errors
+"""What the Hub of the tests loads in place of processes, a proxy, a login page and the past.
+
+Runs inside Hubs 0.8 to 6, so on Python 3.6 and tornado 4 too.
+"""
+
+import datetime
+import json
+import os
+import signal
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import ThreadingMixIn
+from weakref import WeakSet
+
+import jupyterhub
+from jupyterhub import orm
+from jupyterhub.apihandlers.base import APIHandler
+from jupyterhub.auth import Authenticator
+from jupyterhub.proxy import Proxy
+from jupyterhub.spawner import Spawner
+from sqlalchemy.orm import object_session
+from tornado import gen, web
+from tornado.locks import Event
+
+
+def put_into_past(row, ages):
+    """Set each of a row's columns to that many seconds ago; None leaves the column alone.
+
+    Commits at once: at the end of any request the Hub rolls back what is not.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)  # as the database's
+    for column, seconds in ages.items():
+        if seconds is not None:
+            setattr(row, column, now - datetime.timedelta(seconds=seconds))
+    object_session(row).commit()
+
+
+def in_background(work):
+    thread = threading.Thread(target=work)
+    thread.daemon = True
+    thread.start()
+
+
+def end_with_stdin():
+    """Ends the Hub when the process that started it is gone, however that one ended."""
+
+    def wait():
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(wait)
+
+
+class Server(ThreadingMixIn, HTTPServer):
+    """Stands for every user's server: answers anything, so that the Hub finds it ready."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    class RequestHandlerClass(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.send_header("X-JupyterHub-Version", jupyterhub.__version__)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    def __init__(self, port):
+        super().__init__(("127.0.0.1", port), self.RequestHandlerClass)
+        in_background(self.serve_forever)
+
+
+class DoubleSpawner(Spawner):
+    """Starts nothing, and does what the server's user_options say; see RealHub.spawn."""
+
+    port = int(os.environ["REAL_HUB_SERVER_PORT"])
+    alive = WeakSet()
+    running = False
+    fresh = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hurried = Event()
+        self.alive.add(self)
+
+    def put_into_past(self):
+        option = self.user_options.get
+        age, idle = option("age_seconds"), option("idle_seconds")
+        if age is None and idle is not None:
+            age = max(idle, 0)
+        put_into_past(self.orm_spawner, {"last_activity": idle, "started": age})
+        user = {"last_activity": option("user_idle_seconds"), "created": option("user_age_seconds")}
+        put_into_past(self.user.orm_user, user)
+
+    async def wait(self, seconds):
+        try:
+            await self.hurried.wait(datetime.timedelta(seconds=seconds))
+        except gen.TimeoutError:
+            pass
+
+    async def start(self):
+        self.hurried.clear()
+        self.put_into_past()
+        await self.wait(self.user_options.get("start_seconds", 0))
+        self.running = self.fresh = True
+        return "127.0.0.1", self.port
+
+    async def poll(self):
+        return None if self.running else 0
+
+    async def stop(self, now=False):
+        await self.wait(self.user_options.get("stop_seconds", 0))
+        if self.user_options.get("stop_fails") and not self.hurried.is_set():
+            raise RuntimeError("this server does not stop")
+        self.running = False
+
+    def get_state(self):
+        state = super().get_state()
+        if self.running:
+            state["options"] = self.user_options  # Hubs before 1.4 do not keep them
+        return state
+
+    def load_state(self, state):
+        super().load_state(state)
+        self.running = "options" in state
+        self.user_options = state.get("options", self.user_options)
+
+    def clear_state(self):
+        super().clear_state()
+        self.running = False
+
+
+class DoubleProxy(Proxy):
+    """Keeps its routes in memory, and never tells the Hub of activity."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.routes = {}
+
+    async def add_user(self, user, server_name="", client=None):
+        # The last step of a spawn: Hub 0.8 has set last_activity since Spawner.start.
+        spawner = user.spawners[server_name]
+        if spawner.fresh:
+            spawner.fresh = False
+            spawner.put_into_past()
+        await super().add_user(user, server_name)
+
+    async def add_route(self, routespec, target, data):
+        route = {"routespec": routespec, "target": target, "data": data}
+        self.routes[self.validate_routespec(routespec)] = route
+
+    async def delete_route(self, routespec):
+        self.routes.pop(self.validate_routespec(routespec), None)
+
+    async def get_all_routes(self):
+        return dict(self.routes)
+
+
+class BackdoorHandler(APIHandler):
+    """What tests need of the Hub and its API cannot do; only for the token of the admin service."""
+
+    def check_xsrf_cookie(self):
+        pass
+
+    def post(self, action):
+        token = "token " + os.environ["REAL_HUB_ADMIN_TOKEN"]
+        if self.request.headers.get("Authorization") != token:
+            raise web.HTTPError(403)
+        answer = getattr(self, "post_" + action)(**self.get_json_body())
+        self.write(json.dumps(answer))
+
+    def post_user(self, name, last_activity=None, created=None):
+        """Each time is given in seconds before now."""
+        user = self.find_user(name).orm_user
+        put_into_past(user, {"last_activity": last_activity, "created": created})
+
+    def post_server(self, name, server, last_activity):
+        """Activity of a server counts as its user's too, but never makes the user idle."""
+        user = self.find_user(name).orm_user
+        spawner = user.orm_spawners[server]
+        put_into_past(spawner, {"last_activity": last_activity})
+        if user.last_activity is None or user.last_activity < spawner.last_activity:
+            put_into_past(user, {"last_activity": last_activity})
+
+    def post_token(self, scopes):
+        """A token of the admin service with just these scopes; Hub 3 and later."""
+        return orm.Service.find(self.db, "admin").new_api_token(scopes=scopes)
+
+    def post_hurry(self):
+        """Whatever waits in start or stop, or would, is done at once, and stops do not fail."""
+        for spawner in DoubleSpawner.alive:
+            spawner.hurried.set()
+
+
+class DoubleAuthenticator(Authenticator):
+    """Lets everybody in; brings the backdoor, as a way in that every Hub has."""
+
+    async def authenticate(self, handler, data):
+        return data["username"]
+
+    def get_handlers(self, app):
+        return super().get_handlers(app) + [(r"/api/testing/(\w+)", BackdoorHandler)]

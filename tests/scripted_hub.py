@@ -1,0 +1,969 @@
+"""A Hub over real sockets that misbehaves on command.
+
+For what a real JupyterHub cannot be made to do: faults, garbage, races, a million servers.
+Left alone it answers as Hub 6.1.1 does. In a test:
+
+    with ScriptedHub() as hub:
+        hub.add("ann", idle=7200)
+        hub.fault("DELETE", "/users/ann/server", respond(503), reset())
+        ...
+        assert hub.running() == set()
+
+By itself it is a Hub with many servers, to measure against:
+
+    python tests/scripted_hub.py --servers 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Self
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+PREFIX = "/hub/api"
+PAGINATION = "application/jupyterhub-pagination+json"
+DROP = object()
+"""In an `extra`: the Hub leaves this key out."""
+FROM_CLOCK = "from the clock"
+"""For `ScriptedHub.date_header`: what `clock` says."""
+
+Time = datetime | str | None
+Reply = Callable[["Exchange"], "Answer"]
+
+
+# What is on the Hub
+
+
+@dataclass
+class FakeServer:
+    """A server; times may be any text, and `extra` any keys of its JSON model."""
+
+    name: str = ""
+    last_activity: Time = None
+    started: Time = None
+    pending: str | None = None
+    ready: bool = True
+    user_options: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    stop_seconds: float = 0.0
+    stops: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+    down_at: float | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the Hub has it at all: up, starting, or stopping."""
+        return bool(self.ready or self.pending)
+
+
+@dataclass
+class FakeUser:
+    """A user; `servers` also holds the stopped ones, which the Hub does not list."""
+
+    name: str
+    admin: bool = False
+    created: Time = None
+    last_activity: Time = None
+    groups: list[str] = field(default_factory=list)
+    servers: dict[str, FakeServer] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        return any(server.active for server in list(self.servers.values()))
+
+    @property
+    def ready(self) -> bool:
+        return any(server.active and server.ready for server in list(self.servers.values()))
+
+
+LEAST_SCOPES = (
+    "delete:servers",
+    "list:users",
+    "read:servers",
+    "read:users:activity",
+    "read:users:name",
+)
+ALL_SCOPES = (*LEAST_SCOPES, "admin:users", "delete:users", "read:users", "read:users:groups")
+SEEN_WITH = {
+    "admin": {"read:users", "read:users:name"},
+    "groups": {"read:users", "read:users:groups"},
+    "server": {"read:users"},
+    "pending": {"read:users"},
+    "created": {"read:users"},
+    "last_activity": {"read:users", "read:users:activity"},
+    "servers": {"read:servers"},
+    "user_info": {"read:users", "read:users:name"},
+}
+
+
+def hub_time(moment: Time) -> str | None:
+    """A time as the Hub writes it; text stays as it is."""
+    if not isinstance(moment, datetime):
+        return moment
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC).replace(tzinfo=None)
+    return moment.isoformat() + "Z"
+
+
+def with_extra(model: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**model, **extra}.items() if value is not DROP}
+
+
+def server_model(user: FakeUser, server: FakeServer, scopes: Iterable[str]) -> dict[str, Any]:
+    owner, name = quote(user.name, safe="@~"), quote(server.name, safe="@~")
+    progress = f"servers/{name}" if name else "server"
+    model = {
+        "name": server.name,
+        "display_name": server.name,
+        "full_name": f"{user.name}/{server.name}",
+        "last_activity": hub_time(server.last_activity),
+        "started": hub_time(server.started),
+        "pending": server.pending,
+        "ready": server.ready,
+        "stopped": not server.active,
+        "url": f"/user/{owner}/{name}/" if name else f"/user/{owner}/",
+        "user_options": server.user_options,
+        "progress_url": f"{PREFIX}/users/{owner}/{progress}/progress",
+        "full_url": None,
+        "full_progress_url": None,
+    }
+    if "admin:server_state" in scopes:
+        model["state"] = server.state
+    return with_extra(model, server.extra)
+
+
+def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
+    default = user.servers.get("")
+    model = {
+        "kind": "user",
+        "name": user.name,
+        "admin": user.admin,
+        "groups": user.groups,
+        "server": f"/user/{quote(user.name, safe='@~')}/" if default and default.ready else None,
+        "pending": default.pending if default else None,
+        "created": hub_time(user.created),
+        "last_activity": hub_time(user.last_activity),
+        "servers": {
+            server.name: server_model(user, server, scopes) for server in list(user.servers.values()) if server.active
+        },
+        "user_info": None,
+    }
+    granted = set(scopes)
+    seen = {key: value for key, value in model.items() if SEEN_WITH.get(key, granted) & granted}
+    return with_extra(seen, user.extra)
+
+
+# What is asked and answered
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    target: str
+    """As it came, still percent-encoded."""
+    segments: tuple[str, ...]
+    """Of the path below /hub/api, decoded."""
+    query: dict[str, str]
+    headers: dict[str, str]
+    """With their names in lower case."""
+    body: bytes
+    time: float
+    """time.monotonic() when it arrived."""
+
+    @property
+    def path(self) -> str:
+        """The raw target below /hub/api, without its query."""
+        return self.target.partition("?")[0].removeprefix(PREFIX)
+
+    @property
+    def line(self) -> str:
+        return f"{self.method} {self.target.removeprefix(PREFIX)}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes over the wire, and what becomes of the connection after it."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bytes | None = None
+    """Sent in place of a status line, headers and body."""
+    sent: int | None = None
+    """How many bytes of the body are really sent."""
+    seconds_per_byte: float = 0.0
+    end: str = "keep"
+    """The connection after it: keep, close or reset."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request to be answered: what a reply has to work with."""
+
+    hub: ScriptedHub
+    request: Request
+
+    def normal(self) -> Answer:
+        """Do what was asked, and say what Hub 6.1.1 says."""
+        return self.hub.normal(self.request)
+
+
+def as_json(status: int, content: object) -> Answer:
+    return Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+
+def error(status: int, message: str | None = None) -> Answer:
+    return as_json(status, {"status": status, "message": message})
+
+
+# Replies, for `ScriptedHub.fault`; `of` is the reply that they change
+
+
+def normal() -> Reply:
+    """As if there were no fault."""
+    return Exchange.normal
+
+
+def respond(status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Reply:
+    return lambda exchange: Answer(status, body, headers or {})
+
+
+def respond_json(status: int, content: object, headers: Mapping[str, str] | None = None) -> Reply:
+    answer = as_json(status, content)
+    return lambda exchange: replace(answer, headers={**answer.headers, **(headers or {})})
+
+
+def raw(sent: bytes) -> Reply:
+    """These bytes, HTTP or not, and the end of the connection."""
+    return lambda exchange: Answer(raw=sent, end="close")
+
+
+def redirect(to: str, status: int = 302) -> Reply:
+    return respond(status, headers={"Location": to})
+
+
+def html(status: int = 200, text: str = "<!DOCTYPE html><title>Sign in</title>") -> Reply:
+    return respond(status, text.encode(), {"Content-Type": "text/html; charset=utf-8"})
+
+
+def empty(status: int = 200) -> Reply:
+    return respond(status, headers={"Content-Type": "application/json"})
+
+
+def edited(change: Callable[[Any], object], of: Reply = Exchange.normal) -> Reply:
+    """The JSON answer as `change` returns it: anything may be put in or left out."""
+
+    def reply(exchange: Exchange) -> Answer:
+        answer = of(exchange)
+        return replace(answer, body=json.dumps(change(json.loads(answer.body))).encode())
+
+    return reply
+
+
+def truncated(keep: float = 0.5, of: Reply = Exchange.normal) -> Reply:
+    """A well-formed answer whose body stops in the middle."""
+
+    def reply(exchange: Exchange) -> Answer:
+        answer = of(exchange)
+        return replace(answer, body=answer.body[: int(len(answer.body) * keep)])
+
+    return reply
+
+
+def reset() -> Reply:
+    """A connection reset, and nothing done."""
+    return lambda exchange: Answer(raw=b"", end="reset")
+
+
+def reset_in_body(keep: float = 0.5, of: Reply = Exchange.normal) -> Reply:
+    """Headers that promise the whole body, a part of it, a connection reset."""
+
+    def reply(exchange: Exchange) -> Answer:
+        answer = of(exchange)
+        return replace(answer, sent=int(len(answer.body) * keep), end="reset")
+
+    return reply
+
+
+def hang(seconds: float | None = None) -> Reply:
+    """Nothing is done or said for so long, or until the end; then the connection is closed."""
+
+    def reply(exchange: Exchange) -> Answer:
+        exchange.hub.sleep(seconds)
+        return Answer(raw=b"", end="close")
+
+    return reply
+
+
+def slow(seconds: float, of: Reply = Exchange.normal) -> Reply:
+    """The answer, that much later."""
+
+    def reply(exchange: Exchange) -> Answer:
+        exchange.hub.sleep(seconds)
+        return of(exchange)
+
+    return reply
+
+
+def drip(seconds: float = 0.1, of: Reply = Exchange.normal) -> Reply:
+    """The headers at once, then the body with a pause before each byte."""
+    return lambda exchange: replace(of(exchange), seconds_per_byte=seconds)
+
+
+def then_do(hook: Callable[[], object], of: Reply = Exchange.normal) -> Reply:
+    """Call `hook` while the request is being handled, then answer: this makes races."""
+
+    def reply(exchange: Exchange) -> Answer:
+        hook()
+        return of(exchange)
+
+    return reply
+
+
+def and_do(hook: Callable[[], object], of: Reply = Exchange.normal) -> Reply:
+    """Make up the answer, call `hook`, send the answer, which by then is out of date."""
+
+    def reply(exchange: Exchange) -> Answer:
+        answer = of(exchange)
+        hook()
+        return answer
+
+    return reply
+
+
+def done_but_lost(of: Reply = Exchange.normal) -> Reply:
+    """What was asked is done, but the connection is closed without a word."""
+
+    def reply(exchange: Exchange) -> Answer:
+        of(exchange)
+        return Answer(raw=b"", end="close")
+
+    return reply
+
+
+@dataclass
+class Fault:
+    method: str
+    pattern: re.Pattern[str]
+    replies: Sequence[Reply]
+    left: int | None
+    used: int = 0
+
+    def matches(self, request: Request) -> bool:
+        raw_target = request.target.removeprefix(PREFIX)
+        return (
+            self.left != 0
+            and self.method in ("*", request.method)
+            and any(self.pattern.fullmatch(text) for text in (raw_target, request.path))
+        )
+
+    def take(self) -> Reply:
+        reply = self.replies[self.used % len(self.replies)]
+        self.used += 1
+        if self.left is not None:
+            self.left -= 1
+        return reply
+
+
+# The Hub
+
+
+class ScriptedHub:
+    """A Hub on a free port of 127.0.0.1, served by threads of this process while in its `with`.
+
+    Attributes may be set at any time. An exception in a reply or a hook is answered with 500, and
+    raised when the `with` is left.
+    """
+
+    def __init__(self, token: str = "scripted-token", port: int = 0) -> None:
+        self.token = token
+        self.port = port
+        self.version = "6.1.1"
+        self.scopes: list[str] = list(ALL_SCOPES)
+        self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self.date_header: str | None = FROM_CLOCK
+        """The Date header: FROM_CLOCK, None for none, or this text."""
+        self.page_limit = 50
+        self.page_max = 200
+        self.slow_stop = 10.0
+        """Seconds for which a DELETE waits for the server to be down."""
+        self.users: dict[str, FakeUser] = {}
+        self.requests: list[Request] = []
+        self.recording = True
+        self.request_count = 0
+        self.in_flight = 0
+        self.in_flight_max = 0
+        """The most DELETEs that were being handled at the same time."""
+        self.stopped_count = 0
+        self.errors: list[BaseException] = []
+        self._faults: list[Fault] = []
+        self._lock = threading.RLock()
+        self._ending = threading.Event()
+        self._listener: _Listener | None = None
+        self._old_threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self.resume()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._ending.set()
+        self.pause_listening()
+        for thread in self._old_threads:
+            thread.join(10)
+        if self.errors and kind is None:
+            raise self.errors[0]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{PREFIX}"
+
+    @property
+    def now(self) -> datetime:
+        """What `clock` says; setting it stops the clock there."""
+        return self.clock()
+
+    @now.setter
+    def now(self, moment: datetime) -> None:
+        self.clock = lambda: moment
+
+    def add_user(self, name: str, *, idle: float | None = 0.0, age: float | None = None, **fields: Any) -> FakeUser:
+        """A user with no server, created `age` and last active `idle` (None: never) seconds ago."""
+        now = self.now
+        seen = None if idle is None else now - timedelta(seconds=idle)
+        created = now - timedelta(seconds=(idle or 0.0) + 60 if age is None else age)
+        user = FakeUser(name, **{"created": created, "last_activity": seen, **fields})
+        self.users[name] = user
+        return user
+
+    def add(
+        self,
+        name: str,
+        server: str = "",
+        *,
+        idle: float = 0.0,
+        age: float | None = None,
+        user_idle: float | None = None,
+        **fields: Any,
+    ) -> FakeServer:
+        """A ready server; its user is made if need be. Seconds; `fields` as in FakeServer.
+
+        The user was last active `user_idle` seconds ago, or else with the most recent server.
+        """
+        now = self.now
+        seen = now - timedelta(seconds=idle)
+        started = now - timedelta(seconds=idle + 60 if age is None else age)
+        made = FakeServer(server, **{"last_activity": seen, "started": started, **fields})
+        user = self.users.get(name) or self.add_user(name, idle=None, created=started)
+        if user_idle is not None:
+            user.last_activity = now - timedelta(seconds=user_idle)
+        elif user.last_activity is None or (isinstance(user.last_activity, datetime) and user.last_activity < seen):
+            user.last_activity = seen
+        user.servers[server] = made
+        return made
+
+    def touch(self, name: str) -> None:
+        """This user and all of their servers become active again."""
+        user = self.users[name]
+        user.last_activity = self.now
+        for server in list(user.servers.values()):
+            server.last_activity = user.last_activity
+
+    def running(self) -> set[str]:
+        """The servers that are not down, "ann" and "ann/gpu"."""
+        self._settle()
+        return {
+            f"{user.name}/{server.name}" if server.name else user.name
+            for user in list(self.users.values())
+            for server in list(user.servers.values())
+            if server.active
+        }
+
+    def fault(self, method: str, pattern: str, *replies: Reply, times: int | None = 1) -> None:
+        """Let `replies`, one after the other, answer what matches, `times` over (None: for ever).
+
+        `pattern` is a regular expression for the whole raw target below /hub/api, with or without
+        its query; `method` may be "*". The first fault that matches and is not used up applies.
+        """
+        left = None if times is None else times * len(replies)
+        with self._lock:
+            self._faults.append(Fault(method, re.compile(pattern), replies, left))
+
+    def lines(self, method: str | None = None) -> list[str]:
+        """The requests so far, as "DELETE /users/ann/server"."""
+        return [request.line for request in list(self.requests) if method in (None, request.method)]
+
+    def pause_listening(self) -> None:
+        """Close every connection, and refuse new ones until `resume`, on the same port."""
+        with self._lock:
+            listener, self._listener = self._listener, None
+        if listener:
+            self._old_threads += listener.stop()
+
+    def resume(self) -> None:
+        with self._lock:
+            if self._listener is None:
+                self._listener = _Listener(self, self.port)
+                self.port = int(self._listener.server_address[1])
+                self._listener.start()
+
+    def sleep(self, seconds: float | None) -> None:
+        """Wait for so long (None: for ever), or until the `with` is left."""
+        self._ending.wait(seconds)
+
+    # Answering
+
+    def answer(self, request: Request) -> Answer:
+        with self._lock:
+            self.request_count += 1
+            if self.recording:
+                self.requests.append(request)
+            if request.method == "DELETE":
+                self.in_flight += 1
+                self.in_flight_max = max(self.in_flight_max, self.in_flight)
+            fault = next((fault for fault in self._faults if fault.matches(request)), None)
+            reply = fault.take() if fault else Exchange.normal
+        try:
+            return reply(Exchange(self, request))
+        except Exception as problem:
+            self.errors.append(problem)
+            return error(500, f"scripted_hub: {problem!r}")
+        finally:
+            if request.method == "DELETE":
+                with self._lock:
+                    self.in_flight -= 1
+
+    def normal(self, request: Request) -> Answer:
+        if not request.target.startswith("/hub/"):
+            return Answer(302, headers={"Location": "/hub" + request.target})
+        if not re.match(PREFIX + r"([/?]|$)", request.target):
+            return html(404, "<!DOCTYPE html><title>Not Found</title>")(Exchange(self, request))
+        self._settle()
+        if request.method == "GET" and request.segments == ("",):
+            return as_json(200, {"version": self.version})
+        if not self._token_is_good(request):
+            return error(403, "Missing or invalid credentials.")
+        return self._api(request)
+
+    def _api(self, request: Request) -> Answer:
+        match request.method, *request.segments:
+            case "GET", "user":
+                return self._whoami()
+            case "GET", "users":
+                return self._allowed("list:users") or self._list_users(request)
+            case "GET", "users", name:
+                return self._allowed("read:users:name", "read:servers") or self._get_user(name)
+            case "DELETE", "users", name:
+                return self._allowed("delete:users") or self._delete_user(name)
+            case "DELETE", "users", name, "server":
+                return self._allowed("delete:servers") or self._stop(name, "", request.body)
+            case "DELETE", "users", name, "servers", server:
+                return self._allowed("delete:servers") or self._stop(name, server, request.body)
+            case _:
+                return error(404, "Not Found")
+
+    def _token_is_good(self, request: Request) -> bool:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        return kind.lower() in ("token", "bearer") and token.strip() == self.token
+
+    def _allowed(self, *scopes: str) -> Answer | None:
+        if set(scopes) & set(self.scopes):
+            return None
+        refused = "Action is not authorized with current scopes; requires any of"
+        return error(403, f"{refused} [{', '.join(scopes)}]")
+
+    def _whoami(self) -> Answer:
+        whoami = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2"}
+        return as_json(200, {**whoami, "session_id": None, "scopes": self.scopes})
+
+    def _list_users(self, request: Request) -> Answer:
+        paginated = PAGINATION in re.split(r"\s*,\s*", request.headers.get("accept", "").lower())
+        query = request.query
+        state = query.get("state")
+        if state not in (None, "", "active", "ready", "inactive"):
+            return error(400, f"Unrecognized state filter: {state!r}")
+        try:
+            offset = abs(int(query.get("offset", 0)))
+            limit = abs(int(query.get("limit", self.page_limit if paginated else self.page_max)))
+        except ValueError:
+            return error(400, "Invalid argument type, offset and limit must be integers")
+        limit = max(1, min(limit, self.page_max))
+        models, total = self._page(state, offset, limit)
+        body = f"[{', '.join(models)}]"
+        if paginated:
+            following: dict[str, object] | None = None
+            if offset + limit < total:
+                following = {"offset": offset + limit, "limit": limit}
+                following["url"] = f"{self.url}/users?{urlencode({**query, **following})}"
+            page = {"offset": offset, "limit": limit, "total": total, "next": following}
+            body = f'{{"items": {body}, "_pagination": {json.dumps(page)}}}'
+        return Answer(200, body.encode(), {"Content-Type": "application/json"})
+
+    def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
+        """The users' models as JSON, and how many users the pages share.
+
+        As on the real Hub, the pages are of users with *active* servers: `ready` takes users off
+        a page that is cut already, so that a page may be short, or empty, and not be the last.
+        """
+        users = [user for user in list(self.users.values()) if self._in_state(user, state)]
+        page = users[offset : offset + limit]
+        shown = [user for user in page if state != "ready" or user.ready]
+        return [json.dumps(user_model(user, self.scopes)) for user in shown], len(users)
+
+    def _in_state(self, user: FakeUser, state: str | None) -> bool:
+        return not state or user.active == (state != "inactive")
+
+    def _find(self, name: str) -> FakeUser | None:
+        return self.users.get(name)
+
+    def _get_user(self, name: str) -> Answer:
+        user = self._find(name)
+        return as_json(200, user_model(user, self.scopes)) if user else error(404)
+
+    def _delete_user(self, name: str) -> Answer:
+        user = self._find(name)
+        if user is None:
+            return error(404)
+        default = user.servers.get("")
+        if default and default.ready and not default.pending:
+            self._bring_down(user, default)
+        if default and default.pending == "stop":
+            stopping = f"{name}'s server is in the process of stopping, please wait."
+            return error(400, stopping)
+        self.users.pop(name, None)
+        return Answer(204)
+
+    def _stop(self, name: str, server_name: str, body: bytes) -> Answer:
+        user = self._find(name)
+        if user is None:
+            return error(404)
+        try:
+            remove = bool((json.loads(body) or {}).get("remove")) if body else False
+        except (ValueError, AttributeError):
+            return error(400, "Invalid JSON in body of request")
+        server = user.servers.get(server_name)
+        if server is None and server_name:
+            return error(404, f"{name} has no server named '{server_name}'")
+        if remove and not server_name:
+            return error(400, "Cannot delete the default server")
+        if server and server.active and server.pending != "stop":
+            self._bring_down(user, server)
+        if server and server.pending == "stop":
+            return Answer(202, headers={"Content-Type": "text/plain"})
+        if remove:
+            user.servers.pop(server_name, None)
+        return Answer(204, headers={"Content-Type": "text/plain"})
+
+    def _bring_down(self, user: FakeUser, server: FakeServer) -> None:
+        """Stop a server, and wait for it, but not longer than `slow_stop`."""
+        with self._lock:
+            server.pending, server.ready = "stop", False
+            server.down_at = time.monotonic() + server.stop_seconds if server.stops else None
+        if server.stops:
+            self.sleep(min(server.stop_seconds, self.slow_stop))
+        if server.stops and server.stop_seconds <= self.slow_stop:
+            self._is_down(user, server)
+
+    def _is_down(self, user: FakeUser, server: FakeServer) -> None:
+        with self._lock:
+            if server.pending == "stop":
+                server.pending = server.down_at = None
+                server.last_activity = user.last_activity = self.now
+                self.stopped_count += 1
+
+    def _settle(self) -> None:
+        """Slow stops that are over by now are over."""
+        now = time.monotonic()
+        for user in list(self.users.values()):
+            for server in list(user.servers.values()):
+                if server.down_at is not None and server.down_at <= now:
+                    self._is_down(user, server)
+
+
+# The sockets
+
+
+class _Listener(socketserver.TCPServer):
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, hub: ScriptedHub, port: int) -> None:
+        self.hub = hub
+        self._connections: dict[threading.Thread, socket.socket] = {}
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        super().__init__(("127.0.0.1", port), _Connection)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> list[threading.Thread]:
+        """Close the port and every connection; returns the threads that are about to end."""
+        self.shutdown()
+        self.server_close()
+        connections = dict(self._connections)
+        for connection in connections.values():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        return [self._thread, *connections]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        thread = threading.Thread(target=self._serve, args=(request, client_address), daemon=True)
+        self._connections[thread] = request
+        thread.start()
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+        except OSError:
+            pass
+        except Exception as problem:
+            self.hub.errors.append(problem)
+        finally:
+            self.shutdown_request(request)
+            self._connections.pop(threading.current_thread(), None)
+
+
+class _Connection(BaseHTTPRequestHandler):
+    server: _Listener
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _exchange(self) -> None:
+        target = self.requestline.split(" ")[1]
+        path, _, query = target.partition("?")
+        below = path.removeprefix(PREFIX).removeprefix("/")
+        request = Request(
+            method=self.command,
+            target=target,
+            segments=tuple(unquote(segment) for segment in below.split("/")),
+            query=dict(parse_qsl(query, keep_blank_values=True)),
+            headers={name.lower(): value for name, value in self.headers.items()},
+            body=self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            time=time.monotonic(),
+        )
+        self._send(self.server.hub.answer(request))
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _exchange  # noqa: N815
+
+    def _send(self, answer: Answer) -> None:
+        body = answer.body[: answer.sent]
+        if answer.raw is not None:
+            self.wfile.write(answer.raw)
+        elif answer.seconds_per_byte:
+            self.wfile.write(self._head(answer))
+            for index in range(len(body)):
+                self.server.hub.sleep(answer.seconds_per_byte)
+                self.wfile.write(body[index : index + 1])
+        else:
+            self.wfile.write(self._head(answer) + body)
+        if answer.end != "keep":
+            self.close_connection = True
+        if answer.end == "reset":
+            self._reset(after=0.05 if body else 0.0)
+
+    def _head(self, answer: Answer) -> bytes:
+        hub = self.server.hub
+        headers = {"Server": "TornadoServer/6.5", "X-Jupyterhub-Version": hub.version}
+        if hub.date_header == FROM_CLOCK:
+            headers["Date"] = format_datetime(hub.now.astimezone(UTC), usegmt=True)
+        elif hub.date_header is not None:
+            headers["Date"] = hub.date_header
+        if answer.status != 204:
+            headers["Content-Length"] = str(len(answer.body))
+        headers.update(answer.headers)
+        known = answer.status in HTTPStatus._value2member_map_
+        reason = HTTPStatus(answer.status).phrase if known else "Unknown"
+        lines = [f"HTTP/1.1 {answer.status} {reason}", *(f"{k}: {v}" for k, v in headers.items())]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _reset(self, after: float) -> None:
+        """Close with RST in place of FIN, once what was sent had time to arrive."""
+        self.server.hub.sleep(after)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
+
+
+# Many servers, in a process of its own
+
+
+class BulkHub(ScriptedHub):
+    """A Hub of `count` users with a server each: `due` are idle for a day, the others for `idle`.
+
+    Idle times are up to two minutes more. Nothing is kept of a user who is not asked for by name:
+    pages are written from a template. When the list was read to its end for the first time,
+    `coming_back` of the due users become active again.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        due: int = 0,
+        idle: float = 0.0,
+        stop_seconds: float = 0.0,
+        coming_back: int = 0,
+        token: str = "scripted-token",
+        port: int = 0,
+    ) -> None:
+        super().__init__(token, port)
+        self.scopes = [*LEAST_SCOPES, "admin:users", "delete:users"]
+        self.recording = False
+        self.count = count
+        self.idle = idle
+        self.stop_seconds = stop_seconds
+        due_indexes = [i * count // due for i in range(due)]
+        self.due = frozenset(due_indexes)
+        self.coming_back = {self._name(due_indexes[i * due // coming_back]) for i in range(coming_back)}
+        self.are_back = False
+        self._deleted: set[int] = set()
+        self._yesterday = self._minute(86400.0)
+        self._template = self._make_template()
+
+    def summary(self) -> dict[str, int]:
+        down = {user.name for user in list(self.users.values()) if not user.active}
+        down |= {self._name(index) for index in self._deleted}
+        return {
+            "requests": self.request_count,
+            "deleted": len(down),
+            "deleted_come_back": len(down & self.coming_back),
+            "max_concurrent_deletes": self.in_flight_max,
+        }
+
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"user-{index:07d}"
+
+    def _minute(self, idle: float) -> str:
+        """The beginning of a time at least so many seconds ago."""
+        return (self.now - timedelta(seconds=idle + 60)).strftime("%Y-%m-%dT%H:%M:")
+
+    def _times(self, index: int, minute: str) -> tuple[str, str]:
+        """When a server was last active, in `minute` unless it is due, and when it started."""
+        rest = f"{index * 7 % 60:02d}.{index * 7919 % 999983 + 1:06d}Z"
+        return (self._yesterday if index in self.due else minute) + rest, self._yesterday + rest
+
+    def _make_template(self) -> str:
+        server = FakeServer("", last_activity="SEEN", started="STARTED")
+        user = FakeUser("NAME", last_activity="SEEN", servers={"": server})
+        text = json.dumps(user_model(user, self.scopes)).replace("%", "%%")
+        for word in ("NAME", "SEEN", "STARTED"):
+            text = text.replace(word, f"%({word})s")
+        return text
+
+    def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
+        kept = {int(name[5:]): user for name, user in list(self.users.items())}
+        unlisted = {index for index, user in kept.items() if not self._in_state(user, state)}
+        hidden = sorted(unlisted | self._deleted)
+        total = self.count - len(hidden)
+        index = offset + bisect_right(range(len(hidden)), offset, key=lambda i: hidden[i] - i)
+        models: list[str] = []
+        minute, skipped = self._minute(self.idle), set(hidden)
+        for _ in range(min(limit, total - offset)):
+            while index in skipped:
+                index += 1
+            if index in kept:
+                models.append(json.dumps(user_model(kept[index], self.scopes)))
+            else:
+                seen, started = self._times(index, minute)
+                fields = {"NAME": self._name(index), "SEEN": seen, "STARTED": started}
+                models.append(self._template % fields)
+            index += 1
+        if offset + limit >= total:
+            self._come_back()
+        return models, total
+
+    def _come_back(self) -> None:
+        with self._lock:
+            names = set() if self.are_back else self.coming_back
+            self.are_back = True
+        for name in names:
+            if self._find(name):
+                self.touch(name)
+
+    def _find(self, name: str) -> FakeUser | None:
+        known = re.fullmatch(r"user-(\d{7})", name)
+        index = int(known[1]) if known else self.count
+        if index >= self.count or index in self._deleted:
+            return None
+        with self._lock:
+            if name not in self.users:
+                seen, started = self._times(index, self._minute(self.idle))
+                server = FakeServer("", seen, started, stop_seconds=self.stop_seconds)
+                self.users[name] = FakeUser(name, last_activity=seen, servers={"": server})
+            return self.users[name]
+
+    def _delete_user(self, name: str) -> Answer:
+        answer = super()._delete_user(name)
+        if answer.status == 204:
+            self._deleted.add(int(name[5:]))
+        return answer
+
+    def _settle(self) -> None:
+        if self.stop_seconds > self.slow_stop:
+            super()._settle()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="A Hub with many servers. Prints its URL and serves until SIGTERM or SIGINT; "
+        "then prints, as JSON, what was asked of it."
+    )
+
+    def option(name: str, default: float, help: str, **more: Any) -> None:
+        kind = type(default)
+        parser.add_argument(name, type=kind, default=default, help=f"{help} (%(default)s)", **more)
+
+    option("--servers", 200, "each of a user of its own")
+    option("--due", 0, "of them, idle for a day", metavar="N")
+    option("--idle", 0.0, "seconds for which the others are idle", metavar="SECONDS")
+    option("--stop-seconds", 0.0, "what a DELETE takes", metavar="SECONDS")
+    option("--coming-back", 0, "due users who are active once all is read", metavar="K")
+    option("--page-max", 200, "the most users on a page")
+    option("--port", 0, "0 for a free one")
+    parser.add_argument("--token", default="scripted-token", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    due = options.due or (options.servers if options.coming_back else 0)
+    if not options.coming_back <= due <= options.servers <= 10**7:
+        parser.error("--coming-back <= --due <= --servers <= 10000000 does not hold")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    hub = BulkHub(
+        options.servers,
+        due=due,
+        idle=options.idle,
+        stop_seconds=options.stop_seconds,
+        coming_back=options.coming_back,
+        token=options.token,
+        port=options.port,
+    )
+    hub.page_max = options.page_max
+    with hub:
+        print(hub.url, flush=True)
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    print(json.dumps(hub.summary()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Options, where their values come from, and the help."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import click
+import pytest
+from conftest import Cull
+
+import cull_idle
+from cull_idle import Settings
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the program would run with: call with arguments and an environment."""
+    seen: list[Settings] = []
+
+    def run(culler: cull_idle.Culler) -> int:
+        seen.append(culler.settings)
+        return 0
+
+    monkeypatch.setattr(cull_idle.Culler, "run", run)
+
+    def settings(*args: str, env: Mapping[str, str] | None = None) -> Settings:
+        assert cull(*args, env=env).exit_code == 0
+        return seen.pop()
+
+    return settings
+
+
+def test_the_defaults_are_the_references(settings_of: Any) -> None:
+    settings = settings_of()
+    assert settings == Settings(
+        timeout=10 * MINUTE,
+        max_age=None,
+        cull_default_servers=True,
+        cull_named_servers=True,
+        remove_named_servers=False,
+        cull_users=False,
+        cull_admin_users=True,
+        once=False,
+        cull_every=None,
+        dry_run=False,
+        url="http://127.0.0.1:8081/hub/api",
+        token_file=None,
+        concurrency=10,
+        api_page_size=200,
+        request_timeout=MINUTE,
+        verbose=False,
+        quiet=False,
+        log_level=None,
+    )
+    assert settings.interval == 5 * MINUTE
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "value"),
+    [
+        (["--timeout=never"], "timeout", None),
+        (["--timeout", "0"], "timeout", timedelta(0)),
+        (["--timeout=3600"], "timeout", 60 * MINUTE),
+        (["--max_age=1d"], "max_age", timedelta(days=1)),
+        (["--cull-users"], "cull_users", True),
+        (["--cull_users"], "cull_users", True),
+        (["--cull-users=true"], "cull_users", True),
+        (["--cull-users", "--once"], "cull_users", True),
+        (["--cull-users=True"], "cull_users", True),
+        (["--cull-users=1"], "cull_users", True),
+        (["--cull-users=false"], "cull_users", False),
+        (["--cull_users=no"], "cull_users", False),
+        (["--remove-named-servers"], "remove_named_servers", True),
+        (["--cull-admin-users=false"], "cull_admin_users", False),
+        (["--cull_every=90s"], "interval", 1.5 * MINUTE),
+        (["--timeout=1h"], "interval", 30 * MINUTE),
+        (["--timeout=never", "--max-age=1h"], "interval", 30 * MINUTE),
+        (["--timeout=never"], "interval", 5 * MINUTE),
+        (["--timeout=0"], "interval", 5 * MINUTE),
+        (["--timeout=1"], "interval", MINUTE / 60),
+        (["--url=https://hub.example.org/hub/api/"], "url", "https://hub.example.org/hub/api"),
+        (["--api-page-size=0"], "api_page_size", 0),
+        (["-v"], "level", "debug"),
+        (["-q"], "level", "error"),
+        (["--log-level=WARNING"], "level", "warning"),
+        (["-q", "--log-level=info"], "level", "info"),
+    ],
+    ids=str,
+)
+def test_an_option_sets_what_it_says(settings_of: Any, args: list[str], name: str, value: object) -> None:
+    assert getattr(settings_of(*args), name) == value
+
+
+@pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
+def test_a_maximum_age_of_0_is_none(settings_of: Any, value: str) -> None:
+    assert settings_of(f"--max-age={value}").server_policy.max_age is None
+
+
+def test_the_command_line_comes_before_the_environment_and_that_before_the_default(settings_of: Any) -> None:
+    env = {"CULL_IDLE_TIMEOUT": "1h", "CULL_IDLE_CULL_USERS": "true"}
+    assert settings_of("--timeout=2h", env=env).timeout == 120 * MINUTE
+    assert settings_of(env=env).timeout == 60 * MINUTE
+    assert settings_of(env=env).cull_users
+    assert not settings_of("--cull-users=false", env=env).cull_users
+
+
+def test_the_hubs_own_variables_are_heeded_after_the_programs(settings_of: Any) -> None:
+    hubs = {"JUPYTERHUB_API_URL": "http://hub:8081/hub/api", "JUPYTERHUB_REQUEST_TIMEOUT": "90"}
+    assert settings_of(env=hubs).url == "http://hub:8081/hub/api"
+    assert settings_of(env=hubs).request_timeout == 1.5 * MINUTE
+    assert settings_of(env={**hubs, "CULL_IDLE_URL": "http://other/hub/api"}).url == "http://other/hub/api"
+    assert settings_of("--url=http://third/hub/api", env=hubs).url == "http://third/hub/api"
+
+
+def test_every_option_is_an_environment_variable(settings_of: Any) -> None:
+    values = {
+        "TIMEOUT": "2h", "MAX_AGE": "3h", "CULL_DEFAULT_SERVERS": "no", "CULL_NAMED_SERVERS": "no",
+        "REMOVE_NAMED_SERVERS": "yes", "CULL_USERS": "yes", "CULL_ADMIN_USERS": "no", "ONCE": "1", "CULL_EVERY": "7",
+        "DRY_RUN": "1", "URL": "http://h/hub/api", "TOKEN_FILE": "x", "CONCURRENCY": "3", "API_PAGE_SIZE": "4",
+        "REQUEST_TIMEOUT": "5", "VERBOSE": "1", "QUIET": "1", "LOG_LEVEL": "error",
+    }  # fmt: skip
+    default = settings_of()
+    changed = settings_of(env={f"CULL_IDLE_{name}": value for name, value in values.items()})
+    assert {name.upper() for name, value in vars(default).items() if vars(changed)[name] != value} == set(values)
+
+
+@pytest.mark.parametrize("timeout", ["1s", "5m", "5m29s"])
+def test_a_timeout_below_the_hubs_activity_interval_is_warned_of(cull: Cull, settings_of: Any, timeout: str) -> None:
+    (line,) = cull(f"--timeout={timeout}").lines
+    assert line.startswith(f"WARNING  --timeout {timeout} may stop servers in use: ")
+
+
+@pytest.mark.parametrize("timeout", ["0", "5m30s", "1h", "never"])
+def test_other_timeouts_are_not_warned_of(cull: Cull, settings_of: Any, timeout: str) -> None:
+    assert cull(f"--timeout={timeout}").err == ""
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_is_grouped_and_fits_80_columns(cull: Cull, flag: str) -> None:
+    result = cull(flag)
+    assert (result.exit_code, result.err) == (0, "")
+    headings = [line for line in result.out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["What to cull:", "When:", "The Hub:", "Output:"]
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "--cull-users[=BOOL]" in result.out
+
+
+def test_every_option_has_a_help_that_is_a_sentence() -> None:
+    for param in cull_idle.make_command().params:
+        assert isinstance(param, click.Option)
+        assert param.help
+        assert param.help.split("  [")[0].endswith(".")
+
+
+def test_the_version_is_told_whatever_the_environment(cull: Cull) -> None:
+    assert cull("--version").out == f"cull_idle.py {cull_idle.__version__}\n"
+    assert cull("--timeout=x", env={"CULL_IDLE_VERSION": "1"}).exit_code == 2

@@ -1,0 +1,113 @@
+"""When a server is stopped and a user deleted: pure decisions, as tables."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cull_idle import Policy, Server, User, judge_server, judge_user
+
+NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+SECOND = timedelta(seconds=1)
+POLICY = Policy(timeout=HOUR, max_age=None, default_servers=True, named_servers=True, admins=True)
+
+
+def server(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> Server:
+    started = None if age is None else NOW - age
+    return Server("ann", "", True, "", started, NOW - idle, "")._replace(**fields)
+
+
+def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> User:
+    created = None if age is None else NOW - age
+    return User("ann", False, created, NOW - idle, [], "")._replace(**fields)
+
+
+@pytest.mark.parametrize(
+    ("idle", "age", "policy", "cull", "reason"),
+    [
+        (2 * HOUR, 3 * HOUR, {}, True, "idle 2h, limit 1h"),
+        (HOUR, 3 * HOUR, {}, True, "idle 1h, limit 1h"),
+        (HOUR - SECOND, 3 * HOUR, {}, False, "idle 59m59s, limit 1h"),
+        (2 * HOUR, None, {}, True, "idle 2h, limit 1h"),
+        (2 * HOUR, 3 * HOUR, {"timeout": None}, False, "idle 2h, no limit"),
+        (SECOND, 3 * HOUR, {"timeout": None, "max_age": 3 * HOUR}, True, "age 3h, limit 3h"),
+        (SECOND, 3 * HOUR, {"max_age": 3 * HOUR}, True, "age 3h, limit 3h"),
+        (SECOND, 3 * HOUR - SECOND, {"max_age": 3 * HOUR}, False, "idle 1s, limit 1h"),
+        (SECOND, None, {"max_age": 3 * HOUR}, False, "idle 1s, limit 1h"),
+        (2 * HOUR, 4 * HOUR, {"max_age": 3 * HOUR}, True, "idle 2h, limit 1h"),
+        (timedelta(0), timedelta(0), {"timeout": timedelta(0)}, True, "idle 0s, limit 0s"),
+        (-SECOND, -SECOND, {"timeout": timedelta(0)}, True, "idle 0s, limit 0s"),
+        (-2 * HOUR, -2 * HOUR, {}, False, "idle 0s, limit 1h"),
+    ],
+)
+def test_the_limits_decide_about_servers_and_users_alike(
+    idle: timedelta, age: timedelta | None, policy: dict[str, Any], cull: bool, reason: str
+) -> None:
+    for verdict in (
+        judge_server(server(idle, age), POLICY._replace(**policy), NOW),
+        judge_user(user(idle, age), POLICY._replace(**policy), NOW),
+    ):
+        assert (verdict.cull, verdict.reason) == (cull, reason)
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy", "reason"),
+    [
+        ({"pending": "spawn", "ready": False}, {}, "pending spawn"),
+        ({"pending": "stop"}, {}, "pending stop"),
+        ({"pending": "\x1b[31m"}, {}, r"pending \x1b[31m"),
+        ({"ready": False}, {}, "not ready"),
+        ({"doubt": "ready is neither true nor false"}, {}, "ready is neither true nor false"),
+        ({}, {"default_servers": False}, "default servers are not culled"),
+        ({"name": "gpu"}, {"named_servers": False}, "named servers are not culled"),
+    ],
+)
+def test_an_idle_server_is_kept(fields: dict[str, Any], policy: dict[str, Any], reason: str) -> None:
+    verdict = judge_server(server(**fields), POLICY._replace(**policy), NOW)
+    assert (verdict.cull, verdict.reason) == (False, reason)
+
+
+@pytest.mark.parametrize("name", ["", "gpu"])
+def test_a_flag_for_default_servers_does_not_touch_named_ones_and_the_other_way_round(name: str) -> None:
+    policy = POLICY._replace(default_servers=bool(not name), named_servers=bool(name))
+    assert judge_server(server(name=name), policy, NOW).cull
+
+
+def test_an_admin_is_kept_where_admins_are_not_deleted() -> None:
+    policy = POLICY._replace(admins=False)
+    assert judge_user(user(admin=True), policy, NOW).reason == "admins are not deleted"
+    assert not judge_user(user(admin=True), policy, NOW).cull
+    assert judge_user(user(admin=False), policy, NOW).cull
+    assert judge_user(user(admin=True), POLICY, NOW).cull
+
+
+def test_an_admin_is_kept_also_beyond_the_maximum_age() -> None:
+    policy = POLICY._replace(admins=False, max_age=HOUR)
+    assert not judge_user(user(idle=SECOND, admin=True), policy, NOW).cull
+
+
+def test_a_user_in_doubt_is_kept() -> None:
+    assert not judge_user(user(doubt="who knows"), POLICY, NOW).cull
+
+
+DURATIONS = st.timedeltas(timedelta(days=-400), timedelta(days=400))
+LIMITS = st.none() | st.timedeltas(timedelta(0), timedelta(days=400))
+
+
+@given(
+    st.builds(server, DURATIONS, st.none() | DURATIONS, ready=st.booleans(), pending=st.sampled_from(["", "stop"])),
+    st.builds(Policy, LIMITS, LIMITS, st.booleans(), st.booleans(), st.booleans()),
+)
+def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(server: Server, policy: Policy) -> None:
+    verdict = judge_server(server, policy, NOW)
+    if verdict.cull:
+        assert server.ready
+        assert not server.pending
+        assert policy.default_servers
+        assert verdict.limit is not None
+        measured = verdict.idle if verdict.because == "idle" else verdict.age
+        assert measured is not None
+        assert measured >= verdict.limit

@@ -1,0 +1,145 @@
+"""Durations and times: what is read, what is written, what is refused."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cull_idle import format_duration, parse_duration, parse_http_date, parse_retry_after, parse_time
+
+NOW = datetime(2026, 11, 22, 20, 39, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0),
+        ("3600", 3600),
+        ("0.5", 0.5),
+        ("90s", 90),
+        ("15m", 900),
+        ("1.5h", 5400),
+        ("1h30m", 5400),
+        ("1h 30m", 5400),
+        ("2d", 172_800),
+        ("1w", 604_800),
+        ("1w2d3h4m5s", 788_645),
+        (" 2H ", 7200),
+    ],
+)
+def test_a_duration_is_seconds_or_numbers_with_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "1x", "-1", "1h-1m", "30m1h", "1h30", "1 2", "1e3", "nan", "inf", "٣", "s", ".5", "1,5h"]
+)
+def test_what_is_not_a_duration_is_refused_with_a_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a duration: write seconds, or like 90s"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "999999999999d", "1000000000d"])
+def test_a_duration_beyond_all_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is too long a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.9, "0s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (90, "1m30s"),
+        (3600, "1h"),
+        (3605, "1h"),
+        (7380, "2h03m"),
+        (11_400, "3h10m"),
+        (100_800, "1d04h"),
+        (86_460, "1d"),
+        (40 * 86_400, "40d"),
+    ],
+)
+def test_an_idle_time_is_written_in_its_two_largest_units(seconds: float, text: str) -> None:
+    assert format_duration(timedelta(seconds=seconds), units=2) == text
+
+
+@given(st.integers(0, 10**9))
+def test_a_written_duration_reads_back_as_itself(seconds: int) -> None:
+    duration = timedelta(seconds=seconds)
+    assert parse_duration(format_duration(duration)) == duration
+
+
+@given(st.text())
+def test_any_text_is_a_duration_or_a_sentence(text: str) -> None:
+    try:
+        duration = parse_duration(text)
+    except ValueError as refusal:
+        sentence = str(refusal)
+    else:
+        sentence = f"{duration}."
+    assert sentence.isprintable()
+    assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2026-11-22T20:39:05Z", NOW),
+        ("2026-11-22T20:39:05.000000Z", NOW),
+        ("2026-11-22T20:39:05", NOW),
+        ("2026-11-22 20:39:05+00:00", NOW),
+        ("2026-11-22T22:39:05+02:00", NOW),
+        ("20261122T203905Z", NOW),
+        ("2026-11-22T24:00Z", datetime(2026, 11, 23, tzinfo=UTC)),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_a_timestamp_of_the_hub_is_read_and_is_utc_without_a_zone(text: object, moment: datetime | None) -> None:
+    assert parse_time(text) == moment
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "yesterday", "2026-11-22", "2026", "2026-13-01T00:00:00Z", "20:39:05", 1_700_000_000, True, [], {}],
+    ids=str,
+)
+def test_what_is_not_a_moment_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is not a time"):
+        parse_time(value)
+
+
+@given(st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=-5, minutes=-30))])))
+def test_any_moment_reads_back_as_itself(moment: datetime) -> None:
+    assert parse_time(moment.isoformat()) == moment
+
+
+@given(st.text())
+def test_any_text_is_a_moment_or_refused(text: str) -> None:
+    try:
+        moment = parse_time(text)
+    except ValueError:
+        return
+    assert moment is not None
+    assert moment.tzinfo
+
+
+def test_the_date_header_is_the_hubs_clock() -> None:
+    assert parse_http_date("Sun, 22 Nov 2026 20:39:05 GMT") == NOW
+
+
+@given(st.none() | st.text() | st.just("Sun, 22 Nov 2026 20:39:05 +999999999"))
+def test_the_local_clock_stands_in_for_a_date_header_that_is_none(text: str | None) -> None:
+    assert abs(parse_http_date(text) - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(None, 0), ("", 0), ("7", 7), ("soon", 0), ("-1", 0), ("Sun, 22 Nov 2026 20:39:15 GMT", 10)],
+)
+def test_retry_after_is_seconds_or_a_date(text: str | None, seconds: float) -> None:
+    assert parse_retry_after(text, NOW) == seconds

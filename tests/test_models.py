@@ -1,0 +1,162 @@
+"""What every Hub since 0.6 says of its users, word for word, and what garbage is made of."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cull_idle import Server, User, read_user
+
+RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("hub-*.json"))
+
+
+def answer(recording: Path, request: str) -> Any:
+    """What that Hub answered to a request."""
+    return next(each["body"] for each in json.loads(recording.read_text()) if each["request"] == request)
+
+
+def users_of(recording: Path) -> dict[str, User]:
+    body = answer(recording, "GET /users")
+    models = body if isinstance(body, list) else body["items"]
+    return {user.name: user for user in map(read_user, models)}
+
+
+@pytest.fixture(params=RECORDINGS, ids=lambda path: path.stem)
+def recording(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def test_there_is_a_recording_of_each_hub() -> None:
+    assert len(RECORDINGS) == 12
+
+
+def test_each_hubs_running_servers_are_ready_and_their_times_known(recording: Path) -> None:
+    ann = users_of(recording)["ann"]
+    named = recording.stem not in ("hub-0.6.1", "hub-0.7.2", "hub-0.8.1")
+    assert [server.full_name for server in ann.servers] == (["ann", "ann/gpu"] if named else ["ann"])
+    for server in ann.servers:
+        assert (server.ready, server.pending, server.doubt) == (True, "", "")
+        assert server.last_activity is not None
+        assert server.last_activity.tzinfo == UTC
+        assert (server.started is None) == recording.stem.startswith(("hub-0.6", "hub-0.7", "hub-0.8"))
+
+
+def test_each_hubs_user_without_a_server_has_none(recording: Path) -> None:
+    assert users_of(recording)["bob"].servers == []
+
+
+def test_each_hub_shows_a_server_in_the_middle_of_stopping_as_pending_or_not_at_all(recording: Path) -> None:
+    servers = users_of(recording)["slowstop"].servers
+    assert [(server.ready, server.pending) for server in servers] in ([], [(False, "stop")])
+
+
+def test_one_user_alone_is_described_as_in_the_list(recording: Path) -> None:
+    assert read_user(answer(recording, "GET /users/ann")) == users_of(recording)["ann"]
+
+
+MOMENT = "2026-11-22T20:00:00Z"
+WHEN = datetime(2026, 11, 22, 20, tzinfo=UTC)
+SERVER = {"last_activity": MOMENT, "started": MOMENT, "pending": None, "ready": True, "url": "/user/ann/"}
+ANN = {"name": "ann", "admin": False, "created": MOMENT, "last_activity": MOMENT}
+
+
+def the_server(**changes: object) -> Server:
+    return read_user({**ANN, "servers": {"": {**SERVER, **changes}}}).servers[0]
+
+
+def test_a_server_that_was_never_active_is_as_old_as_its_start() -> None:
+    assert the_server(last_activity=None).last_activity == WHEN
+
+
+def test_a_user_who_was_never_active_is_as_old_as_its_creation() -> None:
+    assert read_user({**ANN, "last_activity": None, "servers": {}}).last_activity == WHEN
+
+
+def test_a_server_without_activity_of_its_own_uses_the_users() -> None:  # JupyterHub 0.8
+    model = {"name": "ann", "admin": False, "last_activity": MOMENT, "servers": {"gpu": {"name": "gpu", "url": "/x"}}}
+    assert read_user(model).servers == [Server("ann", "gpu", True, "", None, WHEN, "")]
+
+
+def test_a_pending_user_of_old_makes_a_pending_server() -> None:  # JupyterHub 0.6 and 0.7, spawning
+    model = {"name": "ann", "admin": False, "last_activity": MOMENT, "server": None, "pending": "spawn"}
+    assert read_user(model).servers == [Server("ann", "", False, "spawn", None, WHEN, "")]
+
+
+def test_a_stopped_server_is_none() -> None:
+    assert read_user({**ANN, "servers": {"": {**SERVER, "ready": False, "stopped": True}}}).servers == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubt"),
+    [
+        ({"last_activity": "garbage"}, "'garbage' is not a time"),
+        ({"started": "garbage"}, "'garbage' is not a time"),
+        ({"last_activity": None, "started": None}, "neither last_activity nor started is known"),
+        ({"ready": "yes"}, "ready is neither true nor false"),
+        ({"ready": None}, "ready is neither true nor false"),
+    ],
+    ids=str,
+)
+def test_a_server_that_is_not_understood_is_in_doubt(changes: dict[str, object], doubt: str) -> None:
+    assert doubt in the_server(**changes).doubt
+
+
+@pytest.mark.parametrize("model", [None, 7, "x", []])
+def test_a_server_that_is_not_an_object_is_in_doubt_and_not_ready(model: object) -> None:
+    (server,) = read_user({**ANN, "servers": {"": model}}).servers
+    assert server.doubt == "its model is not a JSON object"
+    assert not server.ready
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubt"),
+    [
+        ({"last_activity": "garbage"}, "'garbage' is not a time"),
+        ({"created": 7}, "'7' is not a time"),
+        ({"last_activity": None, "created": None}, "neither last_activity nor created is known"),
+        ({"admin": None}, "does not say whether this is an admin"),
+        ({"servers": None}, "read:servers"),
+        ({"servers": []}, "read:servers"),
+        ({"servers": None, "server": "/user/ann/"}, "read:servers"),  # JupyterHub 2 with read:users only
+    ],
+    ids=str,
+)
+def test_a_user_who_is_not_understood_is_in_doubt(changes: dict[str, object], doubt: str) -> None:
+    assert doubt in read_user({**ANN, "servers": {}, **changes}).doubt
+
+
+def test_a_user_of_unknown_rank_counts_as_an_admin() -> None:
+    model = {key: value for key, value in ANN.items() if key != "admin"}
+    assert read_user({**model, "servers": {}}).admin
+
+
+@pytest.mark.parametrize("model", [None, 7, "ann", [], {}, {"name": ""}, {"name": 7}], ids=str)
+def test_a_user_without_a_name_is_refused(model: object) -> None:
+    with pytest.raises(ValueError, match="a user without a name"):
+        read_user(model)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(MOMENT),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+KEYS = ["admin", "created", "last_activity", "server", "servers", "pending"]
+SERVER_KEYS = ["last_activity", "started", "pending", "ready", "stopped", "url"]
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON),
+    st.none() | st.dictionaries(st.text(), st.dictionaries(st.sampled_from(SERVER_KEYS), JSON) | JSON),
+)
+def test_any_json_makes_a_user_and_never_an_exception(user: dict[str, Any], servers: dict[str, Any] | None) -> None:
+    read = read_user({"name": "ann", **user, **({} if servers is None else {"servers": servers})})
+    assert read.doubt or read.last_activity
+    for server in read.servers:
+        assert server.doubt or server.last_activity
+        assert server.full_name.isprintable()
