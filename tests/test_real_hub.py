@@ -1,0 +1,330 @@
+"""The main job, on a real JupyterHub."""
+
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import pytest
+from conftest import Cull
+from hub import RealHub
+
+HOUR = 3600
+# Half a minute over: what is written, whole minutes and rounded down, does not depend on how long a test takes.
+IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
+BUSY: dict[str, Any] = {"idle_seconds": 90, "age_seconds": 20 * HOUR + 90}
+IDLE_USER = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
+
+
+def test_the_idle_server_is_stopped_and_the_busy_one_is_not(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("bob", "", BUSY)])
+    result = cull_real("--timeout=1h")
+    assert hub.running() == {"bob"}
+    assert result.exit_code == 0
+    assert result.lines[0] == "INFO     culled ann: idle 2h01m, limit 1h"
+    assert re.fullmatch(r"INFO     pass: 2 running, 1 due, 1 culled in \d\.\ds", result.lines[1])
+    assert result.out == ""
+
+
+def test_nothing_due_is_fine(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("bob", **BUSY)
+    result = cull_real("--timeout=1h")
+    assert (result.exit_code, hub.running()) == (0, {"bob"})
+    assert re.fullmatch(r"INFO     pass: 1 running, 0 due in \d\.\ds", result.lines[0])
+
+
+def test_a_timeout_of_0_stops_every_ready_server(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", {}), ("ann", "gpu", {}), ("bob", "", BUSY)])
+    assert cull_real("--timeout=0").exit_code == 0
+    assert hub.running() == set()
+
+
+def test_a_server_that_starts_is_left_alone(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", wait=False, start_seconds=60, **IDLE)
+    assert cull_real("--timeout=0").exit_code == 0
+    server = hub.server("ann")
+    assert server is not None
+    assert server["pending"] == "spawn"
+
+
+def test_an_old_server_is_stopped_though_it_is_active(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", BUSY), ("bob", "", {"idle_seconds": 60})])
+    result = cull_real("--timeout=1h", "--max-age=8h")
+    assert hub.running() == {"bob"}
+    assert "culled ann: age 20h01m, limit 8h" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        ([], set()),
+        (["--cull-named-servers=false"], {"ann/gpu"}),
+        (["--cull-default-servers=false"], {"ann"}),
+        (["--cull_default_servers=no", "--cull_named_servers", "false"], {"ann", "ann/gpu"}),
+        (["--cull-default-servers", "--cull-named-servers"], set()),
+    ],
+    ids=str,
+)
+def test_default_and_named_servers_can_be_left_alone(
+    hub: RealHub, cull_real: Cull, flags: list[str], left: set[str]
+) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("ann", "gpu", IDLE)])
+    assert cull_real("--timeout=1h", *flags).exit_code == 0
+    assert hub.running() == left
+
+
+@pytest.mark.parametrize(("flags", "left"), [([], ["gpu"]), (["--remove-named-servers"], [])], ids=str)
+def test_a_named_server_is_removed_only_where_that_is_asked_for(
+    hub: RealHub, cull_real: Cull, flags: list[str], left: list[str]
+) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("ann", "gpu", IDLE)])
+    result = cull_real("--timeout=1h", *flags)
+    model = hub.api("GET", "/users/ann?include_stopped_servers").json()
+    assert [name for name in model["servers"] if name] == left
+    assert ("culled ann/gpu: idle 2h01m, limit 1h; removed" in result.lines[0] + result.lines[1]) == bool(flags)
+
+
+def test_a_server_that_is_slow_to_stop_is_reported_and_no_failure(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("cat", stop_seconds=30, **IDLE)
+    result = cull_real("--timeout=1h")
+    assert result.exit_code == 0
+    assert result.lines[0] == "WARNING  stopping cat: idle 2h01m, limit 1h; not down after 1s"
+    again = cull_real("--timeout=1h")
+    assert re.fullmatch(r"INFO     pass: 0 running, 0 due in \d\.\ds", again.lines[0])
+
+
+def test_quiet_says_nothing_when_all_is_well(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("cat", "", {"stop_seconds": 30, **IDLE})])
+    result = cull_real("--timeout=5m", "-q")
+    assert (result.exit_code, result.out, result.err) == (0, "", "")
+    assert hub.running() == set()
+
+
+def test_quiet_says_what_failed(hub: RealHub, cull_real: Cull) -> None:
+    result = cull_real("-q", token="wrong")
+    assert result.exit_code == 3
+    assert len(result.lines) == 1
+    assert "answered 403 (Missing or invalid credentials.)" in result.lines[0]
+
+
+ODD_NAMES = ["alice?x", "bob#1", "carol%2fdave", "dave smith", "ünï", "a+b", "eve@x.org"]
+
+
+def test_odd_names_are_culled_and_deleted_and_their_neighbour_is_not(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([(name, "", IDLE_USER) for name in ODD_NAMES])
+    hub.spawn("alice", user_idle_seconds=60, **BUSY)
+    hub.add_user("carol", idle_seconds=60, age_seconds=60)
+    result = cull_real("--timeout=1h", "--cull-users", token=hub.user_culler_token)
+    assert result.exit_code == 0
+    assert hub.users() == {"alice", "carol"}
+    assert hub.running() == {"alice"}
+
+
+def test_users_are_deleted_only_when_none_of_their_servers_is_left(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many(
+        [
+            ("all-idle", "", IDLE_USER),
+            ("all-idle", "gpu", IDLE_USER),
+            ("one-busy", "", IDLE_USER),
+            ("one-busy", "gpu", {**BUSY, "user_idle_seconds": 2 * HOUR}),
+            ("slow", "", {**IDLE_USER, "stop_seconds": 30}),
+            ("seen-lately", "", {**IDLE, "user_idle_seconds": 60}),
+        ]
+    )
+    hub.add_user("long-gone", idle_seconds=2 * HOUR, age_seconds=9 * HOUR)
+    hub.add_user("never-came", age_seconds=9 * HOUR)
+    hub.add_user("new", age_seconds=60)
+    result = cull_real("--timeout=1h", "--cull-users", token=hub.user_culler_token)
+    assert result.exit_code == 0
+    assert hub.running() == {"one-busy/gpu"}
+    assert hub.users() == {"one-busy", "slow", "seen-lately", "new"}
+    assert "spared user slow: a server is still there" in result.err
+    assert "deleted user all-idle: idle 2h01m, limit 1h" in result.err
+
+
+def test_users_stay_where_nobody_asks_to_delete_them(hub: RealHub, cull_real: Cull) -> None:
+    hub.add_user("long-gone", idle_seconds=9 * HOUR, age_seconds=9 * HOUR)
+    assert cull_real("--timeout=1h", token=hub.user_culler_token).exit_code == 0
+    assert hub.users() == {"long-gone"}
+
+
+@pytest.mark.parametrize(("flags", "left"), [([], set()), (["--cull-admin-users=false"], {"root"})], ids=str)
+def test_admins_can_be_left_alone(hub: RealHub, cull_real: Cull, flags: list[str], left: set[str]) -> None:
+    hub.add_user("root", admin=True, idle_seconds=9 * HOUR, age_seconds=9 * HOUR)
+    hub.add_user("ann", idle_seconds=9 * HOUR, age_seconds=9 * HOUR)
+    result = cull_real("--timeout=1h", "--max-age=1h", "--cull-users", *flags, token=hub.user_culler_token)
+    assert result.exit_code == 0
+    assert hub.users() == left
+
+
+def test_60_slow_servers_are_stopped_10_at_a_time_and_the_busy_ones_stay(hub: RealHub, cull_real: Cull) -> None:
+    idle = {f"idle{n}" for n in range(60)}
+    busy = {f"busy{n}" for n in range(5)}
+    hub.spawn_many([(name, "", {**IDLE, "stop_seconds": 0.5}) for name in idle] + [(name, "", BUSY) for name in busy])
+    with Stops(hub) as counts:
+        result = cull_real("--timeout=1h", "--concurrency=10")
+    assert hub.running() == busy
+    assert result.exit_code == 0
+    assert "pass: 65 running, 60 due, 60 culled in " in result.lines[-1]
+    stopped = re.findall(r"DELETE /hub/api/users/(idle\d+)/server", hub.log())
+    assert sorted(stopped) == sorted(idle)
+    assert 8 <= max(counts) <= 10
+
+
+class Stops:
+    """How many servers the Hub is stopping, seen again and again while in its `with`."""
+
+    def __init__(self, hub: RealHub) -> None:
+        self.hub = hub
+        self.counts = [0]
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.1):
+            models = self.hub.models("users")
+            servers = [server for model in models for server in model["servers"].values()]
+            self.counts.append(sum(server["pending"] == "stop" for server in servers))
+
+    def __enter__(self) -> list[int]:
+        self.thread.start()
+        return self.counts
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def test_a_dry_run_shows_what_would_be_stopped_the_longest_idle_first(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "gpu", IDLE), ("bob", "", BUSY), ("cat", "", {"idle_seconds": 4 * HOUR + 90})])
+    result = cull_real("--dry-run", "--timeout=1h")
+    assert result.exit_code == 0
+    assert result.out.splitlines() == [
+        "SERVER   IDLE   AGE    WOULD BE",
+        "cat      4h01m  4h01m  stopped: idle 4h01m, limit 1h",
+        "ann/gpu  2h01m  2h01m  stopped: idle 2h01m, limit 1h",
+        "2 of 3 running servers would be stopped.",
+    ]
+    assert result.err == ""
+    assert hub.running() == {"ann/gpu", "bob", "cat"}
+
+
+def test_a_dry_run_that_says_more_shows_the_kept_servers_too(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("bob", "", BUSY)])
+    result = cull_real("--dry-run", "--timeout=1h", "-v")
+    assert re.search(r"^bob +1m\d\ds +20h01m +kept: idle 1m\d\ds, limit 1h$", result.out, re.MULTILINE)
+
+
+def test_a_dry_run_shows_the_users_who_would_be_deleted(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", "gpu", **IDLE_USER)
+    hub.add_user("bob", idle_seconds=3 * HOUR + 90, age_seconds=9 * HOUR + 90)
+    result = cull_real(
+        "--dry-run", "--timeout=1h", "--cull-users", "--remove-named-servers", token=hub.user_culler_token
+    )
+    assert result.out.splitlines() == [
+        "SERVER    IDLE   AGE    WOULD BE",
+        "user bob  3h01m  9h01m  deleted: idle 3h01m, limit 1h",
+        "ann/gpu   2h01m  2h01m  removed: idle 2h01m, limit 1h",
+        "user ann  2h01m  9h01m  deleted: idle 2h01m, limit 1h",
+        "1 of 1 running servers would be stopped, 2 users deleted.",
+    ]
+    assert hub.users() == {"ann", "bob"}
+
+
+def test_a_dry_run_of_nothing_says_so_in_a_line(hub: RealHub, cull_real: Cull) -> None:
+    assert cull_real("--dry-run").out == "0 of 0 running servers would be stopped.\n"
+
+
+def test_more_pages_than_one_are_read(hub: RealHub, cull_real: Cull) -> None:
+    names = {f"user{n}" for n in range(7)}
+    hub.spawn_many([(name, "", IDLE) for name in names])
+    hub.spawn("user3", "gpu", **BUSY)
+    assert cull_real("--timeout=1h", "--api-page-size=2").exit_code == 0
+    assert hub.running() == {"user3/gpu"}
+
+
+@pytest.mark.parametrize(
+    ("scopes", "flags", "missing"),
+    [
+        (["list:users", "read:servers"], [], "lacks delete:servers;"),
+        (["read:servers", "delete:servers"], [], "lacks list:users;"),
+        (["list:users", "delete:servers"], [], "lacks read:servers;"),
+        (["read:users:name"], [], "lacks list:users and read:servers and delete:servers;"),
+        (["list:users", "read:servers", "delete:servers"], ["--cull-users"], "lacks admin:users;"),
+    ],
+)
+def test_a_missing_scope_is_named_with_the_role_that_grants_it(
+    hub: RealHub, cull_real: Cull, scopes: list[str], flags: list[str], missing: str
+) -> None:
+    hub.spawn("ann", **IDLE)
+    result = cull_real("--timeout=1h", *flags, token=hub.token_with(*scopes))
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert f"ERROR    the token of service admin {missing}" in line
+    (roles,) = re.findall(r"c\.JupyterHub\.load_roles = (\[.*\])$", line)
+    assert set(json.loads(roles)[0]["scopes"]) > set(missing.removeprefix("lacks ").rstrip(";").split(" and "))
+    assert hub.running() == {"ann"}
+
+
+def test_a_dry_run_needs_no_scope_to_stop_anything(hub: RealHub, cull_real: Cull) -> None:
+    assert cull_real("--dry-run", token=hub.token_with("list:users", "read:servers")).exit_code == 0
+
+
+def test_a_filtered_scope_is_enough(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("bob", "", IDLE)])
+    token = hub.token_with("list:users!user=ann", "read:servers!user=ann", "delete:servers!user=ann")
+    assert cull_real("--timeout=1h", token=token).exit_code == 0
+    assert hub.running() == {"bob"}
+
+
+def test_a_user_whose_servers_the_token_may_not_see_is_never_deleted(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", **IDLE_USER)
+    token = hub.token_with("admin:users", "read:servers!user=bob", "delete:servers")
+    result = cull_real("--timeout=1h", "--cull-users", token=token)
+    assert result.exit_code == 0
+    assert hub.running() == {"ann"}
+    assert "kept 1 that the Hub describes unclearly; the first: user ann: its servers are not shown" in result.lines[0]
+
+
+def test_a_server_that_becomes_active_during_the_pass_is_spared(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", {**IDLE, "stop_seconds": 0.5}), ("bob", "", {**IDLE, "stop_seconds": 0.5})])
+    with OtherBecomesActive(hub) as other:
+        result = cull_real("--timeout=1h", "--concurrency=1")
+    assert hub.running() == {other[0]}
+    assert re.search(rf"INFO     spared {other[0]}: active again \ds ago", "\n".join(result.lines))
+    assert "1 culled, 1 spared" in result.lines[-1]
+
+
+class OtherBecomesActive:
+    """While one of ann's and bob's servers is being stopped, the other becomes active."""
+
+    def __init__(self, hub: RealHub) -> None:
+        self.hub = hub
+        self.other: list[str] = []
+        self.thread = threading.Thread(target=self.watch)
+
+    def watch(self) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for name, other in (("ann", "bob"), ("bob", "ann")):
+                server = self.hub.server(name)
+                if server is None or server["pending"] == "stop":
+                    self.hub.touch(other)
+                    self.other.append(other)
+                    return
+
+    def __enter__(self) -> list[str]:
+        self.thread.start()
+        return self.other
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
+
+
+@pytest.mark.parametrize("path", ["", "/hub"])
+def test_a_url_without_the_api_gets_a_sentence(hub: RealHub, cull_real: Cull, path: str) -> None:
+    result = cull_real("--url", hub.url.removesuffix("/hub/api") + path)
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert line.endswith("--url must lead to a JupyterHub API, and usually ends in /hub/api")
