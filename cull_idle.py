@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["click>=8.1.8", "python-dateutil>=2.8.2", "requests>=2.31"]
+# dependencies = ["click>=8.2", "python-dateutil>=2.9", "requests>=2.32.2"]
 # ///
 """Stop the idle servers of a JupyterHub through its REST API.
 
@@ -30,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -220,54 +219,66 @@ def read_user(model: object) -> User:
     created, last_activity, doubt = None, None, ""
     try:
         created = parse_time(model.get("created"))
-        last_activity = parse_time(model.get("last_activity")) or created
+        last_activity = parse_time(model.get("last_activity")) or created  # null until the first activity
     except ValueError as error:
         doubt = f"created or last_activity: {error}"
-    if last_activity is None:
+    admin = model.get("admin")
+    if "last_activity" not in model:
+        doubt = "its last_activity is not shown: that takes the scope read:users:activity"
+    elif last_activity is None:
         doubt = doubt or "neither last_activity nor created is known"
-    admin = model.get("admin", "unknown")
-    if not isinstance(admin, bool):
-        doubt = doubt or "the Hub does not say whether this is an admin"
+    elif not isinstance(admin, bool):
+        doubt = doubt or "the Hub does not say whether it is an admin"
 
-    servers = model.get("servers")
-    if servers is None and "server" in model and "created" not in model:
+    if "servers" in model:
+        servers = model["servers"]
+    elif "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
         servers = {"": {"url": model["server"]}} if model["server"] or model.get("pending") else {}
-    if not isinstance(servers, dict):
-        doubt = doubt or "its servers are not shown: that takes the scope read:servers"
+    else:
         servers = {}
-    return User(
-        name,
-        admin is not False,
-        created,
-        last_activity,
-        [
-            read_server(name, server_name, server, model)
-            for server_name, server in servers.items()
-            if not (isinstance(server, dict) and server.get("stopped") is True)
-        ],
-        doubt,
-    )
+        doubt = doubt or "its servers are not shown: that takes the scope read:servers"
+    return User(name, admin is not False, created, last_activity, read_servers(name, servers, model), doubt)
+
+
+SERVER_KEYS = frozenset(("ready", "pending", "last_activity"))
+
+
+def read_servers(user: str, models: object, user_model: Mapping[str, object]) -> list[Server]:
+    """Turn the server models of a user into values. Never raises."""
+    if not isinstance(models, dict):
+        return [Server(user, "", False, "", None, None, "servers is not a JSON object")]
+    return [
+        read_server(user, name, model, user_model)
+        for name, model in models.items()
+        if not (isinstance(model, dict) and model.get("stopped") is True)
+    ]
 
 
 def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
     """Turn a server model, with the user model around it, into values. Never raises."""
     if not isinstance(model, dict):
         return Server(user, name, False, "", None, None, "its model is not a JSON object")
-    # JupyterHub 0.6 to 0.8 know no `ready`, but set `url` then; `pending` and `last_activity` are the user's.
-    ready = model.get("ready", bool(model.get("url")))
-    pending = model["pending"] if "pending" in model else user_model.get("pending")
-    activity = model["last_activity"] if "last_activity" in model else user_model.get("last_activity")
+    if SERVER_KEYS.isdisjoint(model):
+        # JupyterHub 0.6 to 0.8: `url` is set once the server is ready, and all else is said of the user only.
+        model = {
+            "ready": bool(model.get("url")),
+            "pending": user_model.get("pending"),
+            "last_activity": user_model.get("last_activity"),
+        }
     started, last_activity, doubt = None, None, ""
     try:
         started = parse_time(model.get("started"))
-        last_activity = parse_time(activity) or started  # null until the first activity
-        if last_activity is None:
-            doubt = "neither last_activity nor started is known"
+        last_activity = parse_time(model.get("last_activity")) or started  # null until the first activity
     except ValueError as error:
         doubt = f"started or last_activity: {error}"
-    if not isinstance(ready, bool):
-        doubt = "ready is neither true nor false"
+    ready, pending = model.get("ready"), model.get("pending")
+    if not model.keys() >= SERVER_KEYS:
+        doubt = f"{' and '.join(sorted(SERVER_KEYS - model.keys()))} missing"
+    elif last_activity is None:
+        doubt = doubt or "neither last_activity nor started is known"
+    elif not isinstance(ready, bool):
+        doubt = doubt or "ready is neither true nor false"
     return Server(user, name, ready is True, str(pending) if pending else "", started, last_activity, doubt)
 
 
@@ -405,23 +416,28 @@ class Identity(NamedTuple):
 class Hub:
     """The REST API of one Hub, as far as culling needs it.
 
-    Threads may share it: each has a session, and so a connection, of its own. Every method that asks raises
-    HubError, or its TryAgain where another try may help. The token goes into the Authorization header only.
+    Threads may share it: each has a connection of its own. Every method that asks raises HubError, or its TryAgain
+    where another try may help. The token goes into the Authorization header and nowhere else: there is no
+    requests.Session, which would follow redirects, keep cookies and look into .netrc.
     """
 
     def __init__(self, url: str, token: str, request_timeout: timedelta) -> None:
         self.url = url
-        self._token = token
+        self._headers = {
+            "Authorization": f"token {token}",
+            "Accept": "application/jupyterhub-pagination+json",
+            "User-Agent": f"cull_idle/{__version__}",
+        }
         self._timeout = request_timeout
         self._thread = threading.local()
-        self._sessions: list[requests.Session] = []
+        self._adapters: list[requests.adapters.HTTPAdapter] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for session in self._sessions:
-            session.close()
+        for adapter in self._adapters:
+            adapter.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read the user list from an offset on: `size` users, 0 for the Hub's choice, or just those with ready servers.
@@ -486,18 +502,17 @@ class Hub:
     def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
         """Send one request and read its answer."""
         import requests
+        import urllib3
 
-        session = self._session()
-        prepared = session.prepare_request(requests.Request(method, self.url, json=body))
-        # Set last, because requests would decode a name such as %2E%2E again and then take it for the folder above.
-        prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+        request = requests.Request(method, self.url, self._headers, json=body)
         try:
-            response = session.send(
-                prepared, timeout=self._timeout.total_seconds(), allow_redirects=False, **self._transport(session)
-            )
-        except requests.RequestException as error:
+            prepared = request.prepare()
+            # Set last, because requests would decode a name such as %2E%2E again and take it for the folder above.
+            prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+            response = self._adapter().send(prepared, timeout=self._timeout.total_seconds(), **self._transport)
+            answer = Answer(response.status_code, response.content, parse_http_date(response.headers.get("Date")))
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
-        answer = Answer(response.status_code, response.content, parse_http_date(response.headers.get("Date")))
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
             raise TryAgain(f"{method} {path}: the Hub {answer}", pause)
@@ -506,35 +521,23 @@ class Hub:
             raise HubError(f"{method} {path}: {self.url} redirects to {where}, which is not followed; {NO_API}")
         return answer
 
-    def _session(self) -> requests.Session:
-        """This thread's session."""
-        session: requests.Session | None = getattr(self._thread, "session", None)
-        if session is None:
-            session = self._thread.session = open_session(self._token)
-            self._sessions.append(session)
-        return session
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        """This thread's connection."""
+        from requests.adapters import HTTPAdapter
 
-    def _transport(self, session: requests.Session) -> Mapping[str, Any]:
-        """Heed $REQUESTS_CA_BUNDLE and, because a proxy for plain HTTP would see the token, $HTTPS_PROXY only."""
-        settings = session.merge_environment_settings(self.url, {}, None, None, None)
-        return settings if self.url.startswith("https:") else {**settings, "proxies": {}}
+        adapter: HTTPAdapter | None = getattr(self._thread, "adapter", None)
+        if adapter is None:
+            adapter = self._thread.adapter = HTTPAdapter()
+            self._adapters.append(adapter)
+        return adapter
 
+    @cached_property
+    def _transport(self) -> Mapping[str, Any]:
+        """What $REQUESTS_CA_BUNDLE and, because a proxy for plain HTTP would see the token, just $HTTPS_PROXY say."""
+        import requests
 
-def open_session(token: str) -> requests.Session:
-    """A session that authorizes itself, keeps no cookies and takes no credentials from .netrc."""
-    import requests
-    from requests.cookies import RequestsCookieJar
-
-    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"token {token}"
-        return request
-
-    session = requests.Session()
-    session.auth = authorize
-    session.headers["Accept"] = "application/jupyterhub-pagination+json"
-    session.headers["User-Agent"] = f"cull_idle/{__version__}"
-    session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
-    return session
+        transport = requests.Session().merge_environment_settings(self.url, {}, None, None, None)
+        return transport if self.url.startswith("https:") else {**transport, "proxies": {}}
 
 
 def segment(name: str) -> str:
@@ -549,11 +552,11 @@ def parse_retry_after(text: str | None, now: datetime) -> float:
         return float(text)
     try:
         return (parsedate_to_datetime(text or "") - now).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0
 
 
-def no_answer(request: str, url: str, error: requests.RequestException, timeout: timedelta) -> HubError:
+def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> HubError:
     """The sentence for a request that was not answered."""
     import requests
     import urllib3
@@ -591,7 +594,7 @@ def role_for(settings: Settings, identity: Identity | None) -> str:
         scopes.append("admin:users")
     kind, name = (identity.kind, identity.name) if identity else ("service", "cull-idle")
     role = {"name": "cull-idle", "scopes": scopes, f"{kind}s": [name]}
-    return f"c.JupyterHub.load_roles = [{json.dumps(role)}]"
+    return f"c.JupyterHub.load_roles.append({json.dumps(role)})"
 
 
 def check_scopes(identity: Identity, settings: Settings) -> None:
@@ -629,7 +632,7 @@ class Scan:
     running: int = 0
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
-    kept: list[Due[Server] | Due[User]] = dataclasses.field(default_factory=list)  # for --dry-run --verbose only
+    kept: list[Due[Server] | Due[User]] = dataclasses.field(default_factory=list)  # for a verbose dry run only
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
@@ -637,6 +640,7 @@ class Scan:
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
         server_policy, user_policy = self.settings.server_policy, self.settings.user_policy
+        verbose = log.isEnabledFor(logging.DEBUG)
         for model in page.models:
             try:
                 user = read_user(model)
@@ -651,7 +655,8 @@ class Scan:
                     self.servers.setdefault((user.name, server.name), Due(server, verdict))
                 else:
                     staying += 1
-                    self._keep(Due(server, verdict))
+                    if verbose or server.doubt:
+                        self._keep(Due(server, verdict))
             if self.settings.cull_users and not staying:
                 verdict = judge_user(user, user_policy, page.now)
                 if verdict.cull:
@@ -662,7 +667,9 @@ class Scan:
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.target.doubt:
             self._doubt(kept.target.full_name, kept.target.doubt)
-        if self.settings.dry_run and self.settings.verbose:
+        if not self.settings.dry_run:
+            log.debug("kept %s: %s", kept.target.full_name, kept.verdict.reason)
+        elif self.settings.level == "debug":
             self.kept.append(kept)
 
     def _doubt(self, where: str, what: str) -> None:
@@ -733,8 +740,8 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
-    # By user, the verdict of the first second look: nothing of the user's was stopped before, which is an activity too.
-    looks: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    # By name, the users at their first second look: nothing of theirs was stopped before, which counts as activity.
+    looks: dict[str, User] = dataclasses.field(default_factory=dict)
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
@@ -759,13 +766,14 @@ class Culling:
             if self.ended or self.stop.is_set():
                 return None
             try:
-                return patiently(partial(cull, due), self.stop)
+                event = patiently(partial(cull, due), self.stop)
             except HubError as error:
                 return Event(due.target, Outcome.FAILED, f"{due.verdict.reason}; {error}")
+            self.ended = self.ended or event.ends_pass
+            return event
 
         for future in as_completed([workers.submit(work, due) for due in dues]):
             if event := future.result():
-                self.ended = self.ended or event.ends_pass
                 yield event
 
     def _stop_server(self, due: Due[Server]) -> Event:
@@ -773,7 +781,7 @@ class Culling:
         verdict = due.verdict
         user, now = self.hub.user(server.user)
         if user is not None:
-            self.looks.setdefault(user.name, judge_user(user, settings.user_policy, now))
+            self.looks.setdefault(user.name, user)
             fresh = user.server(server.name)
             if fresh is None:
                 return Event(server, Outcome.GONE, "not running any more")
@@ -806,9 +814,9 @@ class Culling:
                 return Event(user, Outcome.SPARED, "a server is there again")
             if fresh.created != user.created:
                 return Event(user, Outcome.SPARED, "it was created anew")
+            before = self.looks.get(user.name, fresh)
+            fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
             verdict = judge_user(fresh, self.scan.settings.user_policy, now)
-            if user.servers and not fresh.doubt:
-                verdict = self.looks.get(user.name, verdict)
             if not verdict.cull:
                 return Event(user, Outcome.SPARED, change_of_mind(verdict))
 
@@ -958,8 +966,8 @@ class Culler:
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
         if result.error:
             log.error("%s%s", result.error, following)
-        if result.running or not result.error:
-            log.log(logging.DEBUG if self.settings.dry_run else logging.INFO, "pass: %s%s", result, following)
+        if not self.settings.dry_run and (result.running or not result.error):
+            log.info("pass: %s%s", result, following)
 
 
 def read_token(path: Path | None) -> str:
@@ -1036,8 +1044,11 @@ def set_up_logging(level: str) -> None:
 # ---- The command line: each option is declared once, as a field of Settings
 
 
-def duration(*, least: timedelta = ZERO, never: bool = False) -> dict[str, Any]:
-    """Attributes of an option that is a duration of at least that much, or perhaps `never`."""
+LONGEST = timedelta(days=365)
+
+
+def duration(*, least: timedelta = ZERO, most: timedelta = timedelta.max, never: bool = False) -> dict[str, Any]:
+    """Attributes of an option that is a duration within these bounds, or perhaps `never`."""
 
     def convert(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
         if value is None or (never and value.strip().lower() == "never"):
@@ -1048,6 +1059,8 @@ def duration(*, least: timedelta = ZERO, never: bool = False) -> dict[str, Any]:
             raise click.BadParameter(str(error)) from None
         if number < least:
             raise click.BadParameter(f"{value!r} is too short: at least {least.total_seconds():g}s.")
+        if number > most:
+            raise click.BadParameter(f"{value!r} is too long: at most {format_duration(most)}.")
         return number
 
     return {"callback": convert, "metavar": "DURATION|never" if never else "DURATION"}
@@ -1092,9 +1105,8 @@ class GroupedCommand(click.Command):
 
 
 def option(heading: str, help: str, *names: str, **attrs: Any) -> Any:
-    """A field of Settings that is an option of the same name; `attrs` as for click.Option."""
-    attrs = {"show_default": True, "help": help, "heading": heading, **attrs}
-    return dataclasses.field(metadata={"names": names, "attrs": attrs})
+    """A field of Settings that is an option, and a variable CULL_IDLE_…, of its name; `attrs` as for click.Option."""
+    return dataclasses.field(metadata={"names": names, "show_default": True, "help": help, "heading": heading, **attrs})
 
 
 def boolean(heading: str, help: str, default: str) -> Any:
@@ -1131,16 +1143,16 @@ class Settings:
     cull_every: timedelta | None = option(
         WHEN,
         "Time between the starts of two passes; they never overlap.  [default: half of --timeout]",
-        **duration(least=timedelta(seconds=1)),
+        **duration(least=timedelta(seconds=1), most=LONGEST),
     )
     dry_run: bool = option(
-        WHEN, "Decide and show, change nothing; with -v show the kept ones too.", is_flag=True, show_default=False
+        WHEN, "Decide and show, change nothing, exit; with -v show what is kept too.", is_flag=True, show_default=False
     )
 
     url: str = option(
         HUB,
         "The Hub's API; $JUPYTERHUB_API_URL if set.",
-        envvar=["CULL_IDLE_URL", "JUPYTERHUB_API_URL"],
+        envvar=["JUPYTERHUB_API_URL"],
         default="http://127.0.0.1:8081/hub/api",
         callback=hub_url,
         metavar="URL",
@@ -1164,12 +1176,12 @@ class Settings:
     request_timeout: timedelta = option(
         HUB,
         "Time for one request; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
-        envvar=["CULL_IDLE_REQUEST_TIMEOUT", "JUPYTERHUB_REQUEST_TIMEOUT"],
-        **duration(least=timedelta(milliseconds=1)),
-        default="60",
+        envvar=["JUPYTERHUB_REQUEST_TIMEOUT"],
+        **duration(least=timedelta(milliseconds=1), most=timedelta(days=1)),
+        default="1m",
     )
 
-    verbose: bool = option(OUTPUT, "Say more.", "-v", is_flag=True, show_default=False)
+    verbose: bool = option(OUTPUT, "Say also what is kept, and why.", "-v", is_flag=True, show_default=False)
     quiet: bool = option(OUTPUT, "Say nothing unless something failed.", "-q", is_flag=True, show_default=False)
     log_level: str | None = option(
         OUTPUT,
@@ -1187,7 +1199,7 @@ class Settings:
     def interval(self) -> timedelta:
         """Time between the starts of two passes."""
         half = (self.timeout or self.max_age or timedelta(minutes=10)) / 2
-        return self.cull_every or max(half, timedelta(seconds=1))
+        return self.cull_every or min(max(half, timedelta(seconds=1)), LONGEST)
 
     @cached_property
     def server_policy(self) -> Policy:
@@ -1219,10 +1231,12 @@ def run(**values: Any) -> Exit:
 
 def make_command() -> click.Command:
     """The command line, from the fields of Settings."""
-    params: list[click.Parameter] = [
-        GroupedOption([f"--{field.name.replace('_', '-')}", *field.metadata["names"]], **field.metadata["attrs"])
-        for field in dataclasses.fields(Settings)
-    ]
+    params: list[click.Parameter] = []
+    for field in dataclasses.fields(Settings):
+        attrs = dict(field.metadata)
+        names = [f"--{field.name.replace('_', '-')}", *attrs.pop("names")]
+        variables = [f"CULL_IDLE_{field.name.upper()}", *attrs.pop("envvar", [])]
+        params.append(GroupedOption(names, envvar=variables, **attrs))
     command = GroupedCommand(
         PROGRAM,
         params=params,
@@ -1232,15 +1246,19 @@ def make_command() -> click.Command:
         epilog="A DURATION is seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment variable"
         " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
         context_settings={
-            "auto_envvar_prefix": "CULL_IDLE",
             "help_option_names": ["-h", "--help"],
             "token_normalize_func": lambda name: name.replace("_", "-"),  # as the old scripts wrote them
         },
     )
-    version = click.version_option(
-        __version__, prog_name=PROGRAM, message="%(prog)s %(version)s", allow_from_autoenv=False
-    )
-    return version(command)
+    return click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(command)
+
+
+def blame_variable(error: click.ClickException) -> None:
+    """Let the sentence name the environment variable, if the bad value came from one."""
+    if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
+        source = error.ctx.get_parameter_source(error.param.name)
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            error.param_hint = next(f"${name}" for name in error.param.envvar or () if os.environ.get(name))
 
 
 def main(args: list[str] | None = None) -> int:
@@ -1249,6 +1267,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return int(make_command().main(args, PROGRAM, standalone_mode=False))
     except click.ClickException as error:
+        blame_variable(error)
         click.echo(f"{PROGRAM}: {error.format_message()}", err=True)
         return Exit.USAGE
     except CullError as error:

@@ -119,15 +119,38 @@ def test_a_server_that_is_not_an_object_is_in_doubt_and_not_ready(model: object)
         ({"last_activity": "garbage"}, "'garbage' is not a time"),
         ({"created": 7}, "'7' is not a time"),
         ({"last_activity": None, "created": None}, "neither last_activity nor created is known"),
-        ({"admin": None}, "does not say whether this is an admin"),
-        ({"servers": None}, "read:servers"),
-        ({"servers": []}, "read:servers"),
-        ({"servers": None, "server": "/user/ann/"}, "read:servers"),  # JupyterHub 2 with read:users only
+        ({"admin": None}, "does not say whether it is an admin"),
     ],
     ids=str,
 )
 def test_a_user_who_is_not_understood_is_in_doubt(changes: dict[str, object], doubt: str) -> None:
     assert doubt in read_user({**ANN, "servers": {}, **changes}).doubt
+
+
+@pytest.mark.parametrize(
+    ("left_out", "doubt"),
+    [
+        ("last_activity", "that takes the scope read:users:activity"),
+        ("servers", "that takes the scope read:servers"),
+        ("admin", "does not say whether it is an admin"),
+    ],
+)
+def test_a_user_with_a_field_that_the_token_may_not_read_is_in_doubt(left_out: str, doubt: str) -> None:
+    model = {**ANN, "server": "/user/ann/", "servers": {}}  # JupyterHub 2 shows `server` to read:users
+    assert doubt in read_user({key: value for key, value in model.items() if key != left_out}).doubt
+
+
+@pytest.mark.parametrize("servers", [None, [], "x", 7], ids=str)
+def test_servers_that_are_not_an_object_are_one_server_in_doubt(servers: object) -> None:
+    (server,) = read_user({**ANN, "servers": servers}).servers
+    assert (server.ready, server.doubt) == (False, "servers is not a JSON object")
+
+
+@pytest.mark.parametrize("left_out", ["last_activity", "pending", "ready"])
+def test_a_server_of_which_a_field_is_missing_is_in_doubt(left_out: str) -> None:
+    model = {key: value for key, value in SERVER.items() if key != left_out}
+    (server,) = read_user({**ANN, "servers": {"": model}}).servers
+    assert server.doubt == f"{left_out} missing"
 
 
 def test_a_user_of_unknown_rank_counts_as_an_admin() -> None:

@@ -262,8 +262,8 @@ def test_a_missing_scope_is_named_with_the_role_that_grants_it(
     assert result.exit_code == 3
     (line,) = result.lines
     assert f"ERROR    the token of service admin {missing}" in line
-    (roles,) = re.findall(r"c\.JupyterHub\.load_roles = (\[.*\])$", line)
-    assert set(json.loads(roles)[0]["scopes"]) > set(missing.removeprefix("lacks ").rstrip(";").split(" and "))
+    (role,) = re.findall(r"c\.JupyterHub\.load_roles\.append\((.*)\)$", line)
+    assert set(json.loads(role)["scopes"]) > set(missing.removeprefix("lacks ").rstrip(";").split(" and "))
     assert hub.running() == {"ann"}
 
 
