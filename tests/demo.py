@@ -1,0 +1,138 @@
+"""See cull_idle.py at work: starts a throw-away Hub, fills it, and culls it."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from hub import RealHub, full_name
+
+ROOT = Path(__file__).parent.parent
+MINUTE, HOUR, DAY = 60, 3600, 24 * 3600
+
+
+class Server(NamedTuple):
+    """A server of the demo, and what is to become of it: running, starting, stopping or gone."""
+
+    name: str
+    server: str
+    about: str
+    options: dict[str, float]
+    after: str
+
+    @property
+    def full_name(self) -> str:
+        return full_name(self.name, self.server)
+
+
+def idle(seconds: float, age: float, **options: float) -> dict[str, float]:
+    """Half a minute more than asked for, so that the program shows round numbers."""
+    return {"idle_seconds": seconds + 30, "age_seconds": age + 30, **options}
+
+
+SERVERS = [
+    Server("ann", "", "busy", idle(0, 2 * HOUR), "running"),
+    Server("ann", "gpu", "idle for 2h, beside a busy one", idle(2 * HOUR, DAY), "gone"),
+    Server("alice", "", "busy", idle(20, 3 * HOUR), "running"),
+    Server("alice?x", "", "idle for 9h, an awkward name", idle(9 * HOUR, 10 * HOUR), "gone"),
+    Server("bob", "", "idle for 72m", idle(72 * MINUTE, 5 * HOUR), "gone"),
+    Server("cat", "", "idle for 3h, slow to stop", idle(3 * HOUR, DAY, stop_seconds=5), "stopping"),
+    Server("dan", "", "idle for 58m", idle(58 * MINUTE, 4 * HOUR), "running"),
+    Server("eve", "", "still starting", idle(8 * HOUR, 8 * HOUR, start_seconds=60), "starting"),
+    Server("fay", "", "old, but busy", idle(2 * MINUTE, 20 * DAY), "running"),
+    Server("gus", "train", "busy, a named one", idle(5, 6 * HOUR), "running"),
+    Server("hal", "notes", "idle for 3 days, a named one", idle(3 * DAY, 4 * DAY), "gone"),
+    Server("dave smith", "", "idle for 5h", idle(5 * HOUR, 9 * HOUR), "gone"),
+]
+
+
+def states(hub: RealHub) -> dict[str, str]:
+    """Of each server by its full name; those that are gone are left out."""
+    words = {None: "running", "spawn": "starting", "stop": "stopping"}
+    return {
+        full_name(user["name"], server): words[model["pending"]]
+        for user in hub.models("users")
+        for server, model in user["servers"].items()
+    }
+
+
+def cull_idle(hub: RealHub, *arguments: str) -> int:
+    """Run the program as a user would, and return its exit code."""
+    print(f"\n$ {shlex.join(['cull_idle.py', *arguments])}", flush=True)
+    environment = {key: value for key, value in os.environ.items() if "CULL_IDLE" not in key}
+    environment |= {"JUPYTERHUB_API_URL": hub.url, "JUPYTERHUB_API_TOKEN": hub.culler_token}
+    command = [sys.executable, str(ROOT / "cull_idle.py"), *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def row(*cells: str) -> str:
+    return "{:<12}{:<32}{:<10}{}".format(*cells)
+
+
+def demo(hub: RealHub) -> bool:
+    """Whether all went as it should."""
+    print(f"Starting {len(SERVERS)} servers on it, doubles that do nothing and look old.")
+    slow = [each for each in SERVERS if each.after == "starting"]
+    fast = [each for each in SERVERS if each.after != "starting"]
+    hub.spawn_many([(each.name, each.server, each.options) for each in slow], wait=False)
+    hub.spawn_many([(each.name, each.server, each.options) for each in fast])
+    before = states(hub)
+
+    print("\nFirst a look at what a timeout of one hour would stop:")
+    codes = [cull_idle(hub, "--dry-run", "--timeout", "1h")]
+    print("\nNow for real:")
+    codes.append(cull_idle(hub, "--once", "--timeout", "1h"))
+    after = states(hub)
+
+    print("\nWhat that did:\n\n" + row("SERVER", "", "BEFORE", "AFTER"))
+    for each in SERVERS:
+        name = each.full_name
+        print(row(name, each.about, before.get(name, "gone"), after.get(name, "gone")))
+    left = after == {each.full_name: each.after for each in SERVERS if each.after != "gone"}
+    if not left:
+        print("\nNot as expected: see the source of this demo.")
+    if any(codes):
+        print(f"\nExit codes {codes} instead of 0.")
+    return left and not any(codes)
+
+
+def keep(hub: RealHub) -> None:
+    print(f"""
+The Hub is up until Ctrl-C. In another terminal:
+
+export JUPYTERHUB_API_URL={hub.url}
+export JUPYTERHUB_API_TOKEN={hub.culler_token}
+python {shlex.quote(str(ROOT / "cull_idle.py"))} --dry-run --timeout 1h""")
+    with contextlib.suppress(SystemExit):
+        signal.pause()
+
+
+def end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the Hub running until Ctrl-C")
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    print("Starting a JupyterHub of its own, on loopback, to be thrown away.")
+    # The Hub's own wait for a server to stop is 10 seconds: too long for a demo.
+    with RealHub(slow_stop_timeout=2) as hub:
+        as_expected = demo(hub)
+        if arguments.keep:
+            keep(hub)
+    print("\nThe Hub is gone again.")
+    return 0 if as_expected else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

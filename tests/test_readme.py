@@ -1,0 +1,195 @@
+"""The README says of the program what is true of it."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+from conftest import TIMESTAMP, Cull
+from scripted_hub import ScriptedHub
+
+import cull_idle
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+class Block(NamedTuple):
+    """A block of code in the README."""
+
+    language: str
+    text: str
+
+
+class Row(NamedTuple):
+    """An option, as --help and the README's tables have it."""
+
+    option: str
+    default: str
+
+
+def code_blocks() -> list[Block]:
+    found = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+    return [Block(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
+
+
+BLOCKS = code_blocks()
+
+
+def blocks(*languages: str) -> list[Any]:
+    chosen = [block for block in BLOCKS if block.language in languages]
+    assert chosen, f"the README has no block of {languages}"
+    return [pytest.param(block.text, id=f"{block.language}-{number}") for number, block in enumerate(chosen, 1)]
+
+
+def section(heading: str) -> str:
+    """What stands under a heading, up to the next one."""
+    _, _, rest = README.partition(f"# {heading}\n")
+    assert rest, f"the README has no heading {heading}"
+    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its first two rows."""
+    lines = [line for line in section(heading).splitlines() if line.startswith("|")]
+    return [
+        [cell.strip().strip("`").replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines[2:]
+    ]
+
+
+def sample(command: str) -> str:
+    """What the README shows that a command of `console` prints."""
+    console = "".join(block.text for block in BLOCKS if block.language == "console")
+    match = re.search(rf"^\$ {re.escape(command)}\n(.*?)(?=^\$ |\Z)", console, re.MULTILINE | re.DOTALL)
+    assert match, f"the README does not show {command}"
+    return match[1].strip()
+
+
+def real_options() -> dict[str, list[Row]]:
+    """The options by their headings in --help."""
+    command = cull_idle.make_command()
+    ctx = click.Context(command, **command.context_settings)
+    found: dict[str, list[Row]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        assert record
+        default = re.search(r"\[default: ([^];]*)", record[1])
+        row = Row(record[0].replace(" [=", "[="), default[1] if default else "")
+        found.setdefault(getattr(param, "heading", cull_idle.OUTPUT), []).append(row)
+    return found
+
+
+def option_names() -> set[str]:
+    command = cull_idle.make_command()
+    ctx = click.Context(command, **command.context_settings)
+    return {name for param in command.get_params(ctx) for name in param.opts}
+
+
+@pytest.mark.parametrize("heading", real_options())
+def test_the_readme_lists_every_option(heading: str) -> None:
+    listed = [Row(option, default) for option, default, _ in rows(heading)]
+    assert listed == real_options()[heading]
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    assert [int(code) for code, _ in rows("Exit codes")] == list(cull_idle.Exit)
+
+
+def test_the_readme_explains_every_word_of_the_log() -> None:
+    assert [word for word, _ in rows("What the log says")] == [*cull_idle.Outcome, "deleted"]
+
+
+def test_commands_in_the_readme_use_options_that_exist() -> None:
+    commands = [
+        command for block in BLOCKS for command in re.findall(r"(?:cull-idle|cull_idle\.py)(?=\W+-).*", block.text)
+    ]
+    used = {option for command in commands for option in re.findall(r"(?<=[\s\"'])--?[a-z][\w-]*", command)}
+    assert used >= {"--once", "--dry-run", "--timeout", "--token-file", "-q", "-v"}
+    assert used <= option_names()
+
+
+def test_options_named_in_the_text_of_the_readme_exist() -> None:
+    text = re.sub(r"^ *```.*?^ *```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    refused = set(re.findall(r"--[\w-]+", text[text.index("Not yet here") :]))
+    underscored = {option.replace("_", "-") for option in re.findall(r"`(--\w[\w-]*)", text)}
+    assert underscored <= option_names() | refused
+    assert not refused & option_names(), "the README says that these are not there yet"
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_in_the_readme_compiles(text: str) -> None:
+    compile(text, "README.md", "exec")
+
+
+@pytest.mark.parametrize("text", blocks("ini"))
+def test_systemd_units_in_the_readme_parse(text: str) -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(text)
+    assert unit.sections()
+
+
+def test_the_scopes_in_the_readme_are_those_the_program_asks_for() -> None:
+    ctx = cull_idle.make_command().make_context(cull_idle.PROGRAM, [])
+    role = cull_idle.role_for(cull_idle.Settings(**ctx.params), None)
+    wanted = re.findall(r'"([a-z]+:[a-z:]+)"', role)
+    assert wanted
+    assert re.findall(r'"([a-z]+:[a-z:]+)"', section("A first real run")) == wanted
+
+
+def test_the_script_needs_the_same_as_the_package() -> None:
+    source = (ROOT / "cull_idle.py").read_text("utf-8")
+    match = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.MULTILINE)
+    assert match
+    script = tomllib.loads(re.sub(r"^# ?", "", match[1], flags=re.MULTILINE))
+    project = PYPROJECT["project"]
+    assert script == {key: project[key] for key in ("requires-python", "dependencies")}
+    for requirement in project["dependencies"]:
+        assert f"'{requirement}'" in section("Install")
+
+
+def test_the_sample_of_a_dry_run_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull_idle.py --dry-run --timeout 1h")
+    add_shown(scripted, shown)
+    counts = re.search(r"^(\d+) of (\d+) running", shown, re.MULTILINE)
+    assert counts
+    for number in range(int(counts[2]) - int(counts[1])):
+        scripted.add(f"busy{number}")
+    result = cull("--dry-run", "--timeout", "1h", "--url", scripted.url, token=scripted.token)
+    assert result.out.strip() == shown
+
+
+def test_the_sample_of_a_pass_is_what_the_program_logs(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull_idle.py --once --timeout 1h")
+    add_shown(scripted, sample("cull_idle.py --dry-run --timeout 1h"))
+    for name in re.findall(r"WARNING +stopping (\w+):", shown):
+        scripted.users[name].servers[""].stop_seconds = 60
+    scripted.slow_stop = 0
+    counts = re.search(r"(\d+) running, (\d+) due", shown)
+    assert counts
+    for number in range(int(counts[1]) - int(counts[2])):
+        scripted.add(f"busy{number}")
+    assert len(TIMESTAMP.findall(shown)) == len(shown.splitlines())
+    assert sorted(untimed(cull_scripted("--timeout", "1h").err)) == sorted(untimed(shown))
+
+
+def add_shown(scripted: ScriptedHub, table: str) -> None:
+    """Put the servers of a dry run's table on the Hub."""
+    for line in table.splitlines()[1:-1]:
+        full_name, idle, age, _ = re.split("  +", line)
+        name, _, server = full_name.partition("/")
+        seconds = (cull_idle.parse_duration(text).total_seconds() + 30 for text in (idle, age))
+        scripted.add(name, server, **dict(zip(("idle", "age"), seconds, strict=True)))
+
+
+def untimed(lines: str) -> list[str]:
+    """Lines of the log, without what time does to them."""
+    return re.sub(
+        r"(?<= in )[\d.]+s$|(?<=down after )\w+", "…", TIMESTAMP.sub("", lines), flags=re.MULTILINE
+    ).splitlines()
