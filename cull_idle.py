@@ -100,6 +100,7 @@ def shorten(text: str, width: int = 200) -> str:
 # ---- Durations and times
 
 ZERO = timedelta(0)
+WHOLE_SECOND = timedelta(seconds=1)  # what a Date header cuts off
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
 DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
@@ -230,14 +231,10 @@ def read_user(model: object) -> User:
     elif not isinstance(admin, bool):
         doubt = doubt or "the Hub does not say whether it is an admin"
 
-    if "servers" in model:
-        servers = model["servers"]
-    elif "server" in model and "created" not in model:
+    servers = model.get("servers")
+    if "servers" not in model and "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
         servers = {"": {"url": model["server"]}} if model["server"] or model.get("pending") else {}
-    else:
-        servers = {}
-        doubt = doubt or "its servers are not shown: that takes the scope read:servers"
     return User(name, admin is not False, created, last_activity, read_servers(name, servers, model), doubt)
 
 
@@ -247,7 +244,7 @@ SERVER_KEYS = frozenset(("ready", "pending", "last_activity"))
 def read_servers(user: str, models: object, user_model: Mapping[str, object]) -> list[Server]:
     """Turn the server models of a user into values. Never raises."""
     if not isinstance(models, dict):
-        return [Server(user, "", False, "", None, None, "servers is not a JSON object")]
+        return [Server(user, "", False, "", None, None, "its servers are not shown: that takes the scope read:servers")]
     return [
         read_server(user, name, model, user_model)
         for name, model in models.items()
@@ -740,8 +737,10 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
-    # By name, the users at their first second look: nothing of theirs was stopped before, which counts as activity.
+    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as they were before, at their
+    # first second look; and when the last of their servers was stopped.
     looks: dict[str, User] = dataclasses.field(default_factory=dict)
+    stops: dict[str, datetime] = dataclasses.field(default_factory=dict)
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
@@ -798,6 +797,7 @@ class Culling:
         removed = "; removed" if server.name and settings.remove_named_servers else ""
         match answer.status:
             case 204:
+                self.stops[server.user] = answer.now
                 return Event(server, Outcome.CULLED, verdict.reason + removed)
             case 202:
                 waited = format_duration(timedelta(seconds=round(time.monotonic() - asked)))
@@ -814,8 +814,9 @@ class Culling:
                 return Event(user, Outcome.SPARED, "a server is there again")
             if fresh.created != user.created:
                 return Event(user, Outcome.SPARED, "it was created anew")
-            before = self.looks.get(user.name, fresh)
-            fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
+            before, stopped = self.looks.get(user.name), self.stops.get(user.name)
+            if before and stopped and fresh.last_activity and fresh.last_activity < stopped + WHOLE_SECOND:
+                fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
             verdict = judge_user(fresh, self.scan.settings.user_policy, now)
             if not verdict.cull:
                 return Event(user, Outcome.SPARED, change_of_mind(verdict))
@@ -824,6 +825,8 @@ class Culling:
         match answer.status:
             case 204:
                 return Event(user, Outcome.CULLED, verdict.reason)
+            case 202:
+                return Event(user, Outcome.STOPPING, f"{verdict.reason}; a server is not down yet")
             case 404:
                 return Event(user, Outcome.GONE, f"the Hub {answer}")
             case 400:  # it has a server that is stopping, or is the token's owner
@@ -976,7 +979,9 @@ def read_token(path: Path | None) -> str:
     try:
         token = (path.read_text() if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
     except OSError as error:
-        raise TokenError(f"{source} cannot be read: {error.strerror}.") from None
+        raise TokenError(
+            f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
+        ) from None
     except ValueError:
         token = "not even text"
     if not token:

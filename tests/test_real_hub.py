@@ -284,7 +284,7 @@ def test_a_user_whose_servers_the_token_may_not_see_is_never_deleted(hub: RealHu
     result = cull_real("--timeout=1h", "--cull-users", token=token)
     assert result.exit_code == 0
     assert hub.running() == {"ann"}
-    assert "kept 1 that the Hub describes unclearly; the first: user ann: its servers are not shown" in result.lines[0]
+    assert "kept 1 that the Hub describes unclearly; the first: ann: its servers are not shown" in result.lines[0]
 
 
 def test_a_server_that_becomes_active_during_the_pass_is_spared(hub: RealHub, cull_real: Cull) -> None:

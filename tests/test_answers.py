@@ -1,0 +1,357 @@
+"""What each answer to a DELETE means, and when it is asked for again."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from email.utils import format_datetime
+
+import pytest
+from conftest import Cull
+from scripted_hub import Reply, ScriptedHub, done_but_lost, hang, redirect, reset, respond, respond_json, then_do
+
+import cull_idle
+
+LONG_AGO = 7230.0
+PAUSES = cull_idle.PAUSES
+TRIES = len(PAUSES) + 1
+
+SERVER = pytest.param("/users/ann/server", "ann", id="server")
+USER = pytest.param("/users/ann", "user ann", id="user")
+PASSING = [
+    pytest.param(respond_json(429, {"message": "slow down"}), id="429"),
+    pytest.param(respond(502), id="502"),
+    pytest.param(respond(503), id="503"),
+    pytest.param(respond(504), id="504"),
+    pytest.param(reset(), id="connection lost"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def ann(scripted: ScriptedHub, request: pytest.FixtureRequest) -> str:
+    """Ann is due: her server, or where the test is of users she herself."""
+    if request.node.callspec.params["path"].endswith("/server"):
+        scripted.add("ann", idle=LONG_AGO)
+        return "--cull-users=false"
+    scripted.add_user("ann", idle=LONG_AGO)
+    return "--cull-users"
+
+
+def pass_line(lines: list[str]) -> str:
+    """The line of the pass, without the time it took."""
+    assert " pass: " in lines[-1]
+    return lines[-1].partition(" in ")[0].removeprefix("INFO     ")
+
+
+@pytest.mark.parametrize(
+    ("status", "line", "counts"),
+    [
+        pytest.param(204, "INFO     culled ann: idle 2h, limit 1h", "1 culled", id="204 stopped"),
+        pytest.param(202, "WARNING  stopping ann: idle 2h, limit 1h; not down", "1 stopping", id="202 still stopping"),
+        pytest.param(404, "INFO     gone ann: ", "1 gone", id="404 vanished"),
+        pytest.param(400, "INFO     gone ann: ", "1 gone", id="400 not running any more"),
+    ],
+)
+def test_a_server_that_is_not_left_running_is_no_failure(
+    cull_scripted: Cull, scripted: ScriptedHub, status: int, line: str, counts: str
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond(status))
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == 0
+    assert result.lines[0].startswith(line)
+    assert pass_line(result.lines) == f"pass: 1 running, 1 due, {counts}"
+    assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
+
+
+@pytest.mark.parametrize(
+    ("status", "line", "counts"),
+    [
+        pytest.param(204, "INFO     deleted user ann: idle 2h, limit 1h", "1 deleted", id="204 deleted"),
+        pytest.param(404, "INFO     gone user ann: ", "1 gone", id="404 vanished"),
+        pytest.param(400, "INFO     spared user ann: ", "1 spared", id="400 a server is stopping"),
+    ],
+)
+def test_a_user_that_is_deleted_gone_or_cannot_be_yet_is_no_failure(
+    cull_scripted: Cull, scripted: ScriptedHub, status: int, line: str, counts: str
+) -> None:
+    scripted.add_user("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann", respond(status))
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 0
+    assert result.lines[0].startswith(line)
+    assert pass_line(result.lines) == f"pass: 0 running, 1 due, {counts}"
+    assert scripted.lines("DELETE") == ["DELETE /users/ann"]
+
+
+def test_a_server_is_stopped_and_then_its_user_deleted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("ann", "gpu", idle=LONG_AGO)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 0
+    assert scripted.users == {}
+    deletes = scripted.lines("DELETE")
+    assert sorted(deletes[:2]) == ["DELETE /users/ann/server", "DELETE /users/ann/servers/gpu"]
+    assert deletes[2:] == ["DELETE /users/ann"]
+
+
+def test_a_server_that_takes_longer_than_the_hub_waits_is_said_to_be_stopping(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.slow_stop = 0.0
+    scripted.add("ann", idle=LONG_AGO, stops=False)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 0
+    assert "WARNING  stopping ann: idle 2h, limit 1h; not down after 0s" in result.lines
+    assert "ann" in scripted.users
+    assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
+
+
+@pytest.mark.parametrize(
+    ("path", "scope"),
+    [
+        pytest.param("/users/ann/server", "delete:servers", id="server"),
+        pytest.param("/users/ann", "admin:users", id="user"),
+    ],
+)
+def test_a_403_names_the_scope_and_shows_the_role(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, scope: str
+) -> None:
+    scripted.fault("DELETE", path, respond_json(403, {"message": "you may not"}))
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 3
+    failed = result.lines[0]
+    assert failed.startswith("ERROR    failed ")
+    assert "403 (you may not)" in failed
+    assert f"needs the scope {scope}" in failed
+    assert "load_roles" in failed
+    assert f'"{scope}"' in failed
+
+
+def test_a_403_ends_the_pass(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    for index in range(30):
+        scripted.add(f"user-{index}", idle=LONG_AGO)
+    scripted.fault("DELETE", ".*", respond(403), times=None)
+    result = cull_scripted("--timeout", "1h", "--concurrency", "1")
+    assert result.exit_code == 3
+    assert len(scripted.lines("DELETE")) == 1
+    assert pass_line(result.lines) == "pass: 30 running, 30 due, 1 failed, 29 left undone"
+
+
+def test_after_a_403_for_a_server_no_user_is_deleted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add_user("bob", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond(403))
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 3
+    assert set(scripted.users) == {"ann", "bob"}
+
+
+@pytest.mark.parametrize("passing", PASSING)
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_what_may_pass_is_tried_again(
+    cull_scripted: Cull, scripted: ScriptedHub, *, ann: str, path: str, name: str, passing: Reply
+) -> None:
+    scripted.fault("DELETE", path, passing, times=TRIES - 1)
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 0
+    assert scripted.running() == set()
+    assert scripted.lines("DELETE") == [f"DELETE {path}"] * TRIES
+    assert len(result.lines) == 2
+    assert f"{name}: idle 2h, limit 1h" in result.lines[0]
+
+
+@pytest.mark.parametrize("passing", PASSING)
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_what_does_not_pass_fails_after_a_few_tries(
+    cull_scripted: Cull, scripted: ScriptedHub, *, ann: str, path: str, name: str, passing: Reply
+) -> None:
+    scripted.add("bob", idle=LONG_AGO)
+    scripted.fault("DELETE", path, passing, times=None)
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 1
+    assert scripted.lines("DELETE").count(f"DELETE {path}") == TRIES
+    assert any(line.startswith(f"ERROR    failed {name}: idle 2h, limit 1h; DELETE {path}: ") for line in result.lines)
+    assert "ann" in scripted.users
+    assert "bob" not in scripted.running()
+    assert "1 failed" in pass_line(result.lines)
+
+
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_a_500_for_a_user_that_is_no_more_is_gone(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, name: str
+) -> None:
+    vanish = then_do(lambda: scripted.users.pop("ann"), respond_json(500, {"message": "Internal Server Error"}))
+    scripted.fault("DELETE", path, vanish)
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 0
+    assert result.lines[0].startswith(f"INFO     gone {name}: ")
+    assert scripted.lines()[-2:] == [f"DELETE {path}", "GET /users/ann"]
+
+
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_a_500_for_a_user_that_is_there_has_failed(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, name: str
+) -> None:
+    scripted.fault("DELETE", path, respond_json(500, {"message": "the spawner broke"}), times=None)
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 1
+    assert result.lines[0].startswith(f"ERROR    failed {name}: idle 2h, limit 1h; ")
+    assert "500 (the spawner broke)" in result.lines[0]
+    assert scripted.lines("DELETE") == [f"DELETE {path}"]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [pytest.param(respond(500), id="500"), pytest.param(respond(403), id="403"), pytest.param(reset(), id="reset")],
+)
+def test_a_500_has_failed_where_it_cannot_be_told_whether_the_user_is_there(
+    cull_scripted: Cull, scripted: ScriptedHub, look: Reply
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    breaks = then_do(lambda: scripted.fault("GET", "/users/ann", look, times=None), respond(500))
+    scripted.fault("DELETE", "/users/ann/server", breaks, times=None)
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == 1
+    assert result.lines[0].startswith("ERROR    failed ann: ")
+    assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "quoted"),
+    [
+        pytest.param(respond_json(418, {"message": "I am a teapot"}), "418 (I am a teapot)", id="a message"),
+        pytest.param(respond_json(409, {"message": None}), "409", id="no message"),
+        pytest.param(respond_json(507, ["full"]), "507", id="a list"),
+        pytest.param(respond(501, b"<h1>no</h1>"), "501", id="HTML"),
+        pytest.param(respond(200), "200", id="an unknown success"),
+        pytest.param(respond_json(451, {"message": "word " * 999}), "451 (word word", id="a novel"),
+        pytest.param(redirect("http://127.0.0.1:1/elsewhere"), "redirects to http://127.0.0.1:1/", id="a redirect"),
+    ],
+)
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_any_other_answer_has_failed_and_is_quoted(
+    cull_scripted: Cull, scripted: ScriptedHub, *, ann: str, path: str, name: str, answer: Reply, quoted: str
+) -> None:
+    scripted.add("bob", idle=LONG_AGO)
+    scripted.fault("DELETE", path, answer)
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 1
+    (failed,) = [line for line in result.lines if line.startswith("ERROR")]
+    assert failed.startswith(f"ERROR    failed {name}: idle 2h, limit 1h; ")
+    assert quoted in failed
+    assert len(failed) < 400
+    assert scripted.lines("DELETE").count(f"DELETE {path}") == 1
+    assert "bob" not in scripted.running()
+
+
+def test_a_user_delete_that_is_only_begun_is_not_called_done(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add_user("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann", respond(202))
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert "deleted" not in pass_line(result.lines)
+
+
+def test_a_delete_that_hangs_has_failed_and_names_the_option(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", hang(), times=None)
+    result = cull_scripted("--timeout", "1h", "--request-timeout", "0.3")
+    assert result.exit_code == 1
+    assert "did not answer within 0.3s (--request-timeout)" in result.lines[0]
+
+
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_a_delete_whose_answer_is_lost_is_looked_at_again(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, name: str
+) -> None:
+    scripted.fault("DELETE", path, done_but_lost())
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 0
+    assert result.lines[0].startswith(f"INFO     gone {name}: ")
+
+
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_before_each_try_comes_a_look(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, name: str
+) -> None:
+    scripted.fault("DELETE", path, respond(503), reset())
+    assert cull_scripted("--timeout", "1h", ann).exit_code == 0
+    assert scripted.lines()[2:] == ["GET /users/ann", f"DELETE {path}"] * 3
+
+
+@pytest.mark.parametrize(("path", "name"), [SERVER, USER])
+def test_who_becomes_active_between_two_tries_is_spared(
+    cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, name: str
+) -> None:
+    scripted.fault("DELETE", path, then_do(lambda: scripted.touch("ann"), respond(503)))
+    result = cull_scripted("--timeout", "1h", ann)
+    assert result.exit_code == 0
+    assert result.lines[0].startswith(f"INFO     spared {name}: active again ")
+    assert scripted.lines("DELETE") == [f"DELETE {path}"]
+
+
+def test_a_user_who_starts_a_server_between_two_tries_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add_user("ann", idle=LONG_AGO)
+    start = then_do(lambda: scripted.add("ann", idle=LONG_AGO), respond(503))
+    scripted.fault("DELETE", "/users/ann", start)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert scripted.lines("DELETE") == ["DELETE /users/ann"]
+    assert "ann" in scripted.running()
+    assert result.lines[0].startswith("INFO     spared user ann: ")
+
+
+def pause_before_retry(scripted: ScriptedHub) -> float:
+    """Seconds between the first DELETE and the look before the second."""
+    requests = list(scripted.requests)
+    first = next(index for index, request in enumerate(requests) if request.method == "DELETE")
+    return requests[first + 1].time - requests[first].time
+
+
+def test_pauses_grow() -> None:
+    assert list(PAUSES) == sorted(set(PAUSES))
+    assert PAUSES[0] > 0
+    assert max(PAUSES) <= cull_idle.LONGEST_PAUSE
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_honoured_but_not_for_long(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, status: int, form: str
+) -> None:
+    monkeypatch.setattr(cull_idle, "LONGEST_PAUSE", 0.25)
+    scripted.clock = lambda clock=scripted.clock: clock() - timedelta(hours=5)  # type: ignore[misc]
+    scripted.add("ann", idle=LONG_AGO)
+    later = format_datetime(scripted.now + timedelta(minutes=10), usegmt=True) if form == "date" else "600"
+    scripted.fault("DELETE", "/users/ann/server", respond(status, headers={"Retry-After": later}))
+    assert cull_scripted("--timeout", "1h").exit_code == 0
+    assert 0.25 <= pause_before_retry(scripted) < 1.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "-600",
+        "soon",
+        "",
+        "2026-11-22T21:00:00Z",
+        "Mon, 01 Jan 2001 00:00:00 GMT",
+        "Mon, 01 Jan 2001 00:00:00 -0000",
+        "Mon, 99 Jan 2001",
+        "Mon, 01 Jan 99999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2001 00:00:00 +99999999999999999999",
+        "\u00b2",
+    ],
+    ids=ascii,
+)
+def test_a_retry_after_that_is_over_or_garbage_adds_nothing(
+    cull_scripted: Cull, scripted: ScriptedHub, text: str
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond(503, headers={"Retry-After": text}))
+    assert cull_scripted("--timeout", "1h").exit_code == 0
+    assert pause_before_retry(scripted) < 0.5

@@ -1,0 +1,183 @@
+"""A name is data: it reaches the Hub as it is, and logs and tables only escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from urllib.parse import quote, unquote
+
+import pytest
+from conftest import Cull
+from scripted_hub import PREFIX, ScriptedHub, edited, redirect, respond_json
+
+import cull_idle
+
+LONG_AGO = 7230.0
+ESCAPE = "\x1b[2J\x1b]0;owned\x07"
+ODD_NAMES = [
+    pytest.param("alice?x", id="query"),
+    pytest.param("alice#1", id="fragment"),
+    pytest.param("alice/server", id="slash"),
+    pytest.param("alice/../bob", id="dots inside"),
+    pytest.param("alice%2fserver", id="percent"),
+    pytest.param("alice%", id="lone percent"),
+    pytest.param("alice;x=1", id="semicolon"),
+    pytest.param("alice\\bob", id="backslash"),
+    pytest.param("alice+bob", id="plus"),
+    pytest.param("alice@example.org", id="at"),
+    pytest.param("alice bob", id="space"),
+    pytest.param(" alice", id="leading space"),
+    pytest.param("..", id="dotdot"),
+    pytest.param(".", id="dot"),
+    pytest.param("...", id="three dots"),
+    pytest.param("%2e%2e", id="encoded dotdot"),
+    pytest.param("%252e", id="twice encoded dot"),
+    pytest.param("~alice", id="tilde"),
+    pytest.param("alice\nINFO     culled bob", id="newline"),
+    pytest.param("alice\r\nX-Header: 1", id="carriage return"),
+    pytest.param(f"alice{ESCAPE}", id="escape"),
+    pytest.param("alice\x9b31m", id="C1 escape"),
+    pytest.param("alice\u202eecila", id="RTL override"),
+    pytest.param("alice\u2028bob", id="line separator"),
+    pytest.param("alice\x00", id="NUL"),
+    pytest.param("\u00fcn\u00ef", id="umlauts"),
+    pytest.param("alice\U0001f600", id="emoji"),
+    pytest.param("\U0001f468\u200d\U0001f469", id="joined emoji"),
+    pytest.param("x" * 1000, id="long"),
+]
+VICTIMS = ("alice", "bob", "server", "alice/server2", "x", "users", "server/")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+def raw_deletes(scripted: ScriptedHub) -> list[str]:
+    return [request.target.removeprefix(PREFIX) for request in scripted.requests if request.method == "DELETE"]
+
+
+def raw_looks(scripted: ScriptedHub) -> list[str]:
+    targets = [request.target.removeprefix(PREFIX) for request in scripted.requests if request.method == "GET"]
+    return [target for target in targets if target.startswith("/users/")]
+
+
+def segments(target: str) -> list[str]:
+    """The decoded segments of a raw target in which nothing could mean more than itself, neither a dot nor a slash."""
+    encoded = target.removeprefix("/").split("/")
+    assert all(re.fullmatch(r"(?:[A-Za-z0-9_~.-]|%[0-9A-F]{2})+", segment) for segment in encoded), target
+    assert not {".", ".."} & set(encoded), target
+    return [unquote(segment, errors="surrogatepass") for segment in encoded]
+
+
+def assert_harmless(text: str) -> None:
+    """Text on a terminal moves no cursor, colours nothing and begins no line by itself."""
+    assert [char for char in text if char != "\n" and not char.isprintable()] == []
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_odd_user_and_nobody_else_is_culled(cull_scripted: Cull, scripted: ScriptedHub, name: str) -> None:
+    for victim in VICTIMS:
+        scripted.add(victim)
+        scripted.add(victim, "gpu")
+    scripted.add(name, idle=LONG_AGO)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 0
+    assert [segments(target) for target in raw_deletes(scripted)] == [["users", name, "server"], ["users", name]]
+    assert [segments(target) for target in raw_looks(scripted)] == [["users", name]] * 2
+    assert scripted.running() >= {*VICTIMS, *(f"{victim}/gpu" for victim in VICTIMS)}
+    assert set(scripted.users) >= set(VICTIMS)
+    assert len(result.lines) == 3
+    assert_harmless(result.err)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_odd_server_and_no_other_is_stopped(cull_scripted: Cull, scripted: ScriptedHub, name: str) -> None:
+    for server in ("", "alice", "bob", "server"):
+        scripted.add("ann", server)
+    scripted.add("ann", name, idle=LONG_AGO)
+    scripted.add("alice")
+    result = cull_scripted("--timeout", "1h", "--remove-named-servers")
+    assert result.exit_code == 0
+    assert [segments(target) for target in raw_deletes(scripted)] == [["users", "ann", "servers", name]]
+    assert scripted.running() >= {"ann", "ann/alice", "ann/bob", "ann/server", "alice"}
+    assert len(result.lines) == 2
+    assert_harmless(result.err)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_table_with_odd_names_is_harmless(cull_scripted: Cull, scripted: ScriptedHub, name: str) -> None:
+    scripted.add(name, idle=LONG_AGO)
+    scripted.add("ann", name, idle=LONG_AGO + 600)
+    scripted.add(f"{name}2", extra={"last_activity": f"garbage{ESCAPE}"})
+    result = cull_scripted("--timeout", "1h", "--dry-run", "--cull-users", "-v")
+    assert result.exit_code == 0
+    assert scripted.lines("DELETE") == []
+    assert_harmless(result.out + result.err)
+    assert [line.split("  ")[0].startswith("ann/") for line in result.out.splitlines()[1:3]] == [True, False]
+
+
+def test_a_name_that_is_no_text_at_all_is_one_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    half = "alice\ud800"
+    scripted.add("alice\N{REPLACEMENT CHARACTER}")
+    scripted.add("HALF", idle=LONG_AGO)
+    scripted.fault("GET", "/users", edited(lambda body: json.loads(json.dumps(body).replace("HALF", r"alice\ud800"))))
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.exit_code == 0
+    assert [segments(target)[:2] for target in raw_deletes(scripted)] == [["users", half]] * 2
+    assert result.lines[0].startswith(r"INFO     gone alice\ud800: ")
+    assert_harmless(result.err)
+
+
+def test_an_odd_name_is_shown_so_that_it_can_be_recognized(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("bob\x1b[31m\n\u202e\u00fc\U0001f600", idle=LONG_AGO)
+    result = cull_scripted("--timeout", "1h")
+    assert result.lines[0] == "INFO     culled bob\\x1b[31m\\n\\u202e\u00fc\U0001f600: idle 2h, limit 1h"
+
+
+@pytest.mark.parametrize("status", [404, 418, 500])
+def test_what_the_hub_says_is_shown_escaped_and_on_one_line(
+    cull_scripted: Cull, scripted: ScriptedHub, status: int
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    message = f"no{ESCAPE}\nINFO     culled everybody\u202e\ud800"
+    scripted.fault("DELETE", ".*", respond_json(status, {"message": message}))
+    result = cull_scripted("--timeout", "1h")
+    assert len(result.lines) == 2
+    assert "culled everybody" in result.lines[0]
+    assert_harmless(result.err)
+
+
+def test_where_the_hub_redirects_is_shown_escaped(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", redirect(f"http://elsewhere/{ESCAPE}"))
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == 3
+    assert_harmless(result.err)
+
+
+@pytest.mark.parametrize("key", ["last_activity", "started", "pending"])
+def test_garbage_in_a_model_is_shown_escaped(cull_scripted: Cull, scripted: ScriptedHub, key: str) -> None:
+    scripted.add("ann", idle=LONG_AGO, extra={key: f"a{ESCAPE}\nb"})
+    result = cull_scripted("--timeout", "1h", "--dry-run", "-v")
+    assert result.exit_code == 0
+    assert len(result.out.splitlines()) == 3
+    assert_harmless(result.out + result.err)
+
+
+def test_the_name_of_the_tokens_owner_is_shown_escaped(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    owner = {"kind": "service", "name": f"culler{ESCAPE}\n", "scopes": ["list:users"]}
+    scripted.fault("GET", "/user", respond_json(200, owner))
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == 3
+    assert len(result.lines) == 1
+    assert "lacks" in result.lines[0]
+    assert_harmless(result.err)
+
+
+@pytest.mark.parametrize(
+    "name", ["alice?x", "bob#1", "carol%2fdave", "dave smith", "\u00fcn\u00ef", "a+b", "eve@x.org"]
+)
+def test_a_name_is_percent_encoded_with_nothing_safe(cull_scripted: Cull, scripted: ScriptedHub, name: str) -> None:
+    scripted.add(name, idle=LONG_AGO)
+    cull_scripted("--timeout", "1h", "--cull-users")
+    assert raw_deletes(scripted) == [f"/users/{quote(name, safe='')}/server", f"/users/{quote(name, safe='')}"]

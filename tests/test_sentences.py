@@ -1,0 +1,476 @@
+"""Every failure is one sentence on stderr: what failed, on what, what to do; and the right exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Cull, Result
+from scripted_hub import (
+    LEAST_SCOPES,
+    Reply,
+    ScriptedHub,
+    drip,
+    empty,
+    hang,
+    html,
+    raw,
+    redirect,
+    reset,
+    reset_in_body,
+    respond,
+    respond_json,
+    truncated,
+)
+
+import cull_idle
+
+TOKEN = "5ecre7-token-0f-the-cu11er"
+TO_API = "usually ends in /hub/api"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ScriptedHub]:
+    """Another host, which may not be asked anything."""
+    with ScriptedHub() as hub:
+        yield hub
+    assert hub.requests == []
+
+
+def assert_one_sentence(result: Result, exit_code: int, *words: str) -> None:
+    assert result.exit_code == exit_code
+    assert result.out == ""
+    assert len(result.lines) == 1, result.err
+    for word in words:
+        assert word in result.lines[0]
+
+
+# The token
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        pytest.param({}, ["$JUPYTERHUB_API_TOKEN", "not set", "put an API token"], id="none"),
+        pytest.param({"JUPYTERHUB_API_TOKEN": ""}, ["$JUPYTERHUB_API_TOKEN", "empty", "put an API token"], id="empty"),
+        pytest.param({"JUPYTERHUB_API_TOKEN": " \n\t"}, ["$JUPYTERHUB_API_TOKEN", "empty"], id="blank"),
+    ],
+)
+def test_without_a_token(cull: Cull, scripted: ScriptedHub, env: dict[str, str], words: list[str]) -> None:
+    result = cull("--once", "--url", scripted.url, env=env)
+    assert_one_sentence(result, 2, *words)
+    assert scripted.requests == []
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["zw\u00f6lf-zeichen", "two words", "first\nsecond", "bell\x07bell", "snow\u2603man", "half\udcffhalf"],
+    ids=ascii,
+)
+def test_a_token_that_is_no_plain_word(cull_scripted: Cull, scripted: ScriptedHub, token: str) -> None:
+    result = cull_scripted(token=token)
+    assert_one_sentence(result, 2, "$JUPYTERHUB_API_TOKEN", "does not hold an API token", "one word")
+    assert scripted.requests == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(b"", ["is empty", "put an API token"], id="empty"),
+        pytest.param(b"\n \n", ["is empty", "put an API token"], id="blank"),
+        pytest.param(b"\x80\xff\x00" * 9, ["does not hold an API token", "one word"], id="binary"),
+        pytest.param(b"\xef\xbb\xbf" + TOKEN.encode(), ["does not hold an API token"], id="byte order mark"),
+        pytest.param(TOKEN.encode("utf-16"), ["does not hold an API token"], id="UTF-16"),
+        pytest.param(f"{TOKEN}\n{TOKEN}\n".encode(), ["does not hold an API token"], id="two lines"),
+        pytest.param(f"token={TOKEN} # mine".encode(), ["does not hold an API token"], id="a setting"),
+    ],
+)
+def test_a_token_file_without_a_token(
+    cull: Cull, scripted: ScriptedHub, tmp_path: Path, content: bytes, words: list[str]
+) -> None:
+    file = tmp_path / "api-token"
+    file.write_bytes(content)
+    result = cull("--once", "--url", scripted.url, "--token-file", str(file), token=scripted.token)
+    assert_one_sentence(result, 2, f"--token-file {file}", *words)
+    assert TOKEN not in result.err
+    assert scripted.requests == []
+
+
+def test_a_token_file_that_is_missing(cull: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
+    result = cull("--once", "--url", scripted.url, "--token-file", str(tmp_path / "none"), token=scripted.token)
+    assert_one_sentence(result, 2, f"--token-file {tmp_path / 'none'}", "cannot be read", "No such file")
+    assert scripted.requests == []
+
+
+def test_a_token_file_that_cannot_be_read(cull: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
+    result = cull("--once", "--url", scripted.url, "--token-file", str(tmp_path), token=scripted.token)
+    assert_one_sentence(result, 2, f"--token-file {tmp_path}", "cannot be read", "directory")
+    assert scripted.requests == []
+
+
+def test_a_token_file_is_what_counts_and_may_end_in_a_newline(
+    cull: Cull, scripted: ScriptedHub, tmp_path: Path
+) -> None:
+    file = tmp_path / "api-token"
+    file.write_text(f"{scripted.token}\n")
+    assert cull("--once", "--url", scripted.url, "--token-file", str(file), token="another").exit_code == 0
+    assert {request.headers["authorization"] for request in scripted.requests} == {f"token {scripted.token}"}
+
+
+def test_a_token_that_is_refused(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    assert_one_sentence(cull_scripted(token=TOKEN), 3, "403", "token", scripted.url)
+
+
+def test_a_token_that_is_refused_with_401(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", ".*", respond_json(401, {"message": "Login required"}), times=None)
+    assert_one_sentence(cull_scripted(), 3, "401 (Login required)", "token")
+
+
+# The URL
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "localhost:8081",
+        "127.0.0.1:8081/hub/api",
+        "//127.0.0.1/hub/api",
+        "ftp://127.0.0.1/hub/api",
+        "file:///etc/passwd",
+        "http://",
+        "http:///hub/api",
+        "http://127.0.0.1:99999/hub/api",
+        "http://127.0.0.1:0/hub/api",
+        "http://127.0.0.1:port/hub/api",
+        "http://[::1/hub/api",
+        "http://ho st/hub/api",
+        "http://127.0.0.1/hub/api\n",
+    ],
+)
+def test_a_url_that_is_none(cull: Cull, url: str) -> None:
+    assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 2, "--url", "not a URL like http://127.0.0.1:8081")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://.example/hub/api",
+        "http://*.example/hub/api",
+        "http://a..b/hub/api",
+        f"http://{'a' * 64}.example/hub/api",
+        "http://%zz/hub/api",
+        "https://.example/hub/api",
+    ],
+)
+def test_a_url_whose_host_cannot_be_one(cull: Cull, url: str) -> None:
+    result = cull("--once", "--url", url, token=TOKEN)
+    assert result.exit_code in (2, 3)
+    assert_one_sentence(result, result.exit_code, url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://ann:{TOKEN}@127.0.0.1:1/hub/api",
+        f"http://{TOKEN}@127.0.0.1:1/hub/api",
+        f"http://127.0.0.1:1/hub/api?token={TOKEN}",
+        f"http://127.0.0.1:1/hub/api#{TOKEN}",
+    ],
+)
+def test_a_url_with_a_secret_in_it_is_not_shown(cull: Cull, url: str) -> None:
+    assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 2, "--url")
+
+
+@pytest.mark.parametrize("path", ["", "/", "/hub", "/hub/", "/hub/home", "/hub/api/users"])
+def test_a_url_without_hub_api(cull: Cull, scripted: ScriptedHub, path: str) -> None:
+    url = f"http://127.0.0.1:{scripted.port}{path}"
+    result = cull("--once", "--url", url, token=scripted.token)
+    assert_one_sentence(result, 3, url.rstrip("/"), TO_API)
+    assert scripted.lines("DELETE") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        pytest.param(html(), ["HTML", TO_API], id="HTML"),
+        pytest.param(html(404), ["404", TO_API], id="HTML, 404"),
+        pytest.param(html(500), ["500"], id="HTML, 500"),
+        pytest.param(respond(200, b"hello"), [TO_API], id="text"),
+        pytest.param(respond(200, b"\xff\xfe\x00"), [TO_API], id="binary"),
+        pytest.param(respond(200, b"[" * 100_000), [TO_API], id="deep"),
+        pytest.param(respond(200, b"9" * 10_000), [TO_API], id="a long number"),
+        pytest.param(empty(), ["nothing", TO_API], id="nothing"),
+        pytest.param(empty(204), ["204", TO_API], id="204"),
+        pytest.param(respond_json(200, {"version": "6.1.1"}), [TO_API], id="another JSON"),
+        pytest.param(respond_json(200, "users"), [TO_API], id="a string"),
+        pytest.param(respond_json(500, {"message": "Oops"}), ["500 (Oops)"], id="500"),
+        pytest.param(truncated(), [TO_API], id="half an answer"),
+        pytest.param(reset(), ["connection was lost"], id="reset"),
+        pytest.param(reset_in_body(), ["connection was lost"], id="reset in the body"),
+        pytest.param(raw(b"SSH-2.0-OpenSSH_9.6\r\n"), ["connection was lost"], id="not HTTP"),
+        pytest.param(
+            raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\n[]\r\n0\r\n\r\n"),
+            ["GET /users"],
+            id="less than nothing",
+        ),
+        pytest.param(raw(b""), ["connection was lost"], id="nothing at all"),
+        pytest.param(respond(200, b"x", {"Content-Encoding": "gzip"}), ["GET /users"], id="not gzip"),
+    ],
+)
+def test_what_is_no_user_list(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply, words: list[str]) -> None:
+    scripted.fault("GET", "/users", answer, times=None)
+    assert_one_sentence(cull_scripted(), 3, "GET /users", scripted.url, *words)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_hub_that_is_not_there_for_now(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
+    scripted.fault("GET", "/users", respond_json(status, {"message": "Restarting"}), times=None)
+    assert_one_sentence(cull_scripted(), 3, f"GET /users: the Hub answered {status} (Restarting)")
+    assert len(scripted.lines()) == 1 + len(cull_idle.PAUSES) + 1
+
+
+@pytest.mark.parametrize("answer", [html(), html(404), reset(), hang(0.1), respond(500), empty()])
+def test_what_answers_everything_alike_is_no_hub(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply) -> None:
+    scripted.fault("*", ".*", answer, times=None)
+    assert_one_sentence(cull_scripted("--cull-users"), 3, scripted.url)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_to_another_host(
+    cull_scripted: Cull, scripted: ScriptedHub, elsewhere: ScriptedHub, status: int
+) -> None:
+    scripted.fault("*", ".*", redirect(f"{elsewhere.url}/users", status), times=None)
+    assert_one_sentence(
+        cull_scripted(), 3, scripted.url, f"redirects to {elsewhere.url}/users", "not followed", "--url", TO_API
+    )
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1",
+        "http://.example/",
+        "http://%zz/",
+        "//",
+        "http://127.0.0.1:port/",
+        "caf\u00e9",
+        "\xff\xfe",
+        "\x1b[2J",
+        "",
+    ],
+    ids=ascii,
+)
+def test_a_redirect_to_no_url(cull_scripted: Cull, scripted: ScriptedHub, location: str) -> None:
+    scripted.fault("GET", "/users", redirect(location), times=None)
+    assert_one_sentence(cull_scripted(), 3, scripted.url, "redirects to", TO_API)
+
+
+def test_a_redirect_to_nowhere(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("*", ".*", respond(302), times=None)
+    assert_one_sentence(cull_scripted(), 3, scripted.url, "redirects to nowhere")
+
+
+def test_a_hub_that_refuses_the_connection(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.pause_listening()
+    assert_one_sentence(cull_scripted(), 3, scripted.url, "refuses the connection", "is the Hub running", "--url")
+
+
+def test_a_host_that_does_not_resolve(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    result = cull("--once", "--url", "http://hub.example/hub/api", token=TOKEN)
+    assert_one_sentence(result, 3, "http://hub.example/hub/api", "does not resolve", "--url")
+
+
+def test_a_hub_that_times_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("*", ".*", hang(), times=None)
+    result = cull_scripted("--request-timeout", "0.2")
+    assert_one_sentence(result, 3, scripted.url, "did not answer within 0.2s", "--request-timeout")
+
+
+def test_an_answer_that_stops_halfway_times_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", drip(5), times=None)
+    result = cull_scripted("--request-timeout", "0.2")
+    assert_one_sentence(result, 3, scripted.url, "within 0.2s", "--request-timeout")
+
+
+def test_https_where_the_hub_speaks_http(cull: Cull, scripted: ScriptedHub) -> None:
+    url = scripted.url.replace("http:", "https:")
+    assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 3, url, "TLS")
+
+
+def test_a_dry_run_says_it_alike(cull: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", html(), times=None)
+    result = cull("--dry-run", "--url", scripted.url, token=scripted.token)
+    assert result.exit_code == 3
+    assert len(result.lines) == 1
+    assert "HTML" in result.lines[0]
+
+
+def test_quiet_does_not_silence_a_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", html(), times=None)
+    assert_one_sentence(cull_scripted("-q"), 3, "HTML")
+
+
+# Scopes
+
+
+@pytest.mark.parametrize(
+    ("granted", "arguments", "missing"),
+    [
+        pytest.param(set(LEAST_SCOPES) - {"list:users"}, [], "list:users", id="list"),
+        pytest.param(set(LEAST_SCOPES) - {"read:servers"}, [], "read:servers", id="read"),
+        pytest.param(set(LEAST_SCOPES) - {"delete:servers"}, [], "delete:servers", id="stop"),
+        pytest.param(set(LEAST_SCOPES), ["--cull-users"], "admin:users", id="delete users"),
+        pytest.param(set(LEAST_SCOPES) - {"read:servers"}, ["--dry-run"], "read:servers", id="dry run"),
+    ],
+)
+def test_a_scope_that_is_missing_is_named_with_the_role_that_grants_it(
+    cull_scripted: Cull, scripted: ScriptedHub, granted: set[str], arguments: list[str], missing: str
+) -> None:
+    scripted.scopes = sorted(granted)
+    scripted.add("ann", idle=7200)
+    scripted.add_user("bob", idle=7200)
+    result = cull_scripted("--timeout", "1h", *arguments)
+    assert_one_sentence(result, 3, missing, "jupyterhub_config.py", "c.JupyterHub.load_roles", f'"{missing}"', "culler")
+    said, _, role = result.lines[0].partition("load_roles")
+    assert [scope for scope in (*LEAST_SCOPES, "admin:users") if scope in said] == [missing]
+    assert ("admin:users" in role) == ("--cull-users" in arguments)
+    assert scripted.lines("DELETE") == []
+
+
+def test_all_scopes_that_are_missing_are_named(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.scopes = ["read:users:name"]
+    result = cull_scripted("--cull-users")
+    said = result.lines[0].partition("load_roles")[0]
+    assert_one_sentence(result, 3)
+    assert all(scope in said for scope in ("list:users", "read:servers", "delete:servers", "admin:users"))
+
+
+def test_the_role_is_for_the_user_whose_token_it_is(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/user", respond_json(200, {"kind": "user", "name": "ann", "scopes": []}))
+    assert_one_sentence(cull_scripted(), 3, '"users": ["ann"]')
+
+
+def test_a_dry_run_needs_no_scope_to_delete(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.scopes = [scope for scope in LEAST_SCOPES if scope != "delete:servers"]
+    assert cull_scripted("--dry-run", "--cull-users").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "scopes", [["delete:users"], ["admin:users"], ["admin:users!group=gpu"]], ids=lambda value: value[0]
+)
+def test_users_may_be_deleted_with_either_scope(cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str]) -> None:
+    scripted.scopes = [*LEAST_SCOPES, *scopes]
+    assert cull_scripted("--cull-users").exit_code == 0
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *(
+            pytest.param([option, value], [option, "not a duration", "1h30m"], id=f"{option} {value!r}")
+            for option in ("--timeout", "--max-age", "--cull-every", "--request-timeout")
+            for value in ("1x", "", "-5", "nan", "1h-30m", "30m1h", "1e3")
+        ),
+        pytest.param(["--timeout", "99999999999w"], ["--timeout", "too long"], id="a duration too long"),
+        pytest.param(["--cull-every", "0"], ["--cull-every", "too short", "1s"], id="no pause"),
+        pytest.param(["--cull-every", "never"], ["--cull-every", "not a duration"], id="cull never"),
+        pytest.param(["--request-timeout", "0"], ["--request-timeout", "too short"], id="no time"),
+        pytest.param(["--request-timeout", "never"], ["--request-timeout", "not a duration"], id="unending"),
+        pytest.param(["--concurrency", "0"], ["--concurrency", ">=1"], id="nothing in flight"),
+        pytest.param(["--concurrency", "-1"], ["--concurrency", ">=1"], id="less than nothing"),
+        pytest.param(["--concurrency", "many"], ["--concurrency", "'many'", "not a valid integer"], id="no number"),
+        pytest.param(["--concurrency", "1.5"], ["--concurrency", "not a valid integer"], id="a fraction"),
+        pytest.param(["--api-page-size", "-1"], ["--api-page-size", ">=0"], id="a page of less than nothing"),
+        pytest.param(["--log-level", "loud"], ["--log-level", "'loud'", "'debug', 'info'"], id="level"),
+        pytest.param(["--cull-users=maybe"], ["--cull-users", "'maybe'", "true"], id="neither true nor false"),
+        pytest.param(["--once=1"], ["--once", "does not take a value"], id="a flag with a value"),
+        pytest.param(["--timeout"], ["--timeout", "requires an argument"], id="no value"),
+        pytest.param(["--tiemout", "1h"], ["No such option", "--tiemout", "'--timeout'"], id="typo"),
+        pytest.param(["--token", TOKEN], ["No such option", "--token", "'--token-file'"], id="token"),
+        pytest.param([f"--token={TOKEN}"], ["No such option", "--token", "'--token-file'"], id="token="),
+        pytest.param(["-x"], ["No such option", "-x"], id="letter"),
+        pytest.param(["3600"], ["unexpected", "3600"], id="argument"),
+    ],
+)
+def test_an_option_that_is_wrong(cull: Cull, arguments: list[str], words: list[str]) -> None:
+    result = cull("--once", *arguments, token=TOKEN)
+    assert_one_sentence(result, 2, *words)
+
+
+@pytest.mark.parametrize("timeout", ["999999999d", "9999w", "1000000000s"])
+def test_a_request_timeout_beyond_all_measure_is_no_traceback(
+    cull_scripted: Cull, scripted: ScriptedHub, timeout: str
+) -> None:
+    result = cull_scripted("--request-timeout", timeout)
+    assert result.exit_code in (0, 2)
+    assert len(result.lines) == 1
+
+
+@pytest.fixture
+def _soon_told_to_stop() -> Iterator[None]:
+    """Sends this process a SIGTERM in a moment; where the program does not take it, it is lost."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    yield
+    timer.join()
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("arguments", [["--cull-every", "100000w"], ["--timeout", "40000w"]], ids=" ".join)
+@pytest.mark.usefixtures("_soon_told_to_stop")
+def test_an_interval_beyond_all_measure_is_no_traceback(
+    cull: Cull, scripted: ScriptedHub, arguments: list[str]
+) -> None:
+    result = cull("--url", scripted.url, *arguments, token=scripted.token)
+    assert result.exit_code in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CULL_IDLE_TIMEOUT", "1x"),
+        ("CULL_IDLE_MAX_AGE", "old"),
+        ("CULL_IDLE_CULL_EVERY", "0"),
+        ("CULL_IDLE_CONCURRENCY", "0"),
+        ("CULL_IDLE_API_PAGE_SIZE", "all"),
+        ("CULL_IDLE_CULL_USERS", "maybe"),
+        ("CULL_IDLE_DRY_RUN", "maybe"),
+        ("CULL_IDLE_LOG_LEVEL", "loud"),
+        ("CULL_IDLE_REQUEST_TIMEOUT", "soon"),
+        ("JUPYTERHUB_REQUEST_TIMEOUT", "soon"),
+        ("CULL_IDLE_URL", "nonsense"),
+        ("JUPYTERHUB_API_URL", "nonsense"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(cull: Cull, variable: str, value: str) -> None:
+    result = cull("--once", token=TOKEN, env={variable: value})
+    assert_one_sentence(result, 2, variable, value)
+
+
+def test_the_command_line_wins_over_a_variable_that_is_wrong(cull_scripted: Cull) -> None:
+    assert cull_scripted("--timeout", "1h", env={"CULL_IDLE_TIMEOUT": "1x"}).exit_code == 0
+
+
+def test_the_wrong_value_on_the_command_line_is_not_blamed_on_the_variable(cull_scripted: Cull) -> None:
+    result = cull_scripted("--timeout", "1x", env={"CULL_IDLE_TIMEOUT": "1h"})
+    assert_one_sentence(result, 2, "--timeout", "'1x'")
