@@ -70,6 +70,12 @@ class TokenError(CullError):
     exit_code = Exit.USAGE
 
 
+class FuseBlown(CullError):
+    """More is due than one pass may cull."""
+
+    exit_code = Exit.UNDONE
+
+
 class HubError(CullError):
     """The Hub, or whatever answers at its URL, cannot be used like this."""
 
@@ -353,6 +359,8 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 # ---- The Hub
 
 NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
+READ_SIZE = 1 << 18  # bytes
+LARGEST_BODY = 1 << 28  # bytes; the list of half a million users, from a Hub that knows no pages
 NO_TOKEN = (
     "the token must be of this Hub, not expired, and its owner have a role or, before JupyterHub 2.0, be an admin"
 )
@@ -400,6 +408,24 @@ class Page(NamedTuple):
                 f"GET /users: the page after offset {self.offset} would start at {offset}; the rest is not read"
             )
         return offset
+
+
+def read_body(response: requests.Response, deadline: float) -> bytes:
+    """Read an answer's body by the deadline, in seconds of time.monotonic(): a timeout of requests is for each byte.
+
+    Raises requests.ReadTimeout, and ValueError for one that is too large to be an answer.
+    """
+    import requests
+
+    chunks, size = [], 0
+    while chunk := response.raw.read1(READ_SIZE, decode_content=True):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > LARGEST_BODY:
+            raise ValueError(f"the answer has more than {LARGEST_BODY >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise requests.ReadTimeout
+    return b"".join(chunks)
 
 
 class Identity(NamedTuple):
@@ -502,14 +528,17 @@ class Hub:
         import urllib3
 
         request = requests.Request(method, self.url, self._headers, json=body)
+        timeout = self._timeout.total_seconds()
+        deadline = time.monotonic() + timeout
         try:
             prepared = request.prepare()
             # Set last, because requests would decode a name such as %2E%2E again and take it for the folder above.
             prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
-            response = self._adapter().send(prepared, timeout=self._timeout.total_seconds(), **self._transport)
-            answer = Answer(response.status_code, response.content, parse_http_date(response.headers.get("Date")))
+            with self._adapter().send(prepared, timeout=timeout, **self._transport) as response:
+                content = read_body(response, deadline)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
+        answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")))
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
             raise TryAgain(f"{method} {path}: the Hub {answer}", pause)
@@ -626,7 +655,8 @@ class Scan:
     """What the user list says, taken in page by page. What is kept is only counted, or a large Hub would not fit."""
 
     settings: Settings
-    running: int = 0
+    listed: int = 0  # users
+    running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
     kept: list[Due[Server] | Due[User]] = dataclasses.field(default_factory=list)  # for a verbose dry run only
@@ -644,6 +674,7 @@ class Scan:
             except ValueError as error:
                 self._doubt("the user list", str(error))
                 continue
+            self.listed += 1
             staying = 0
             for server in user.servers:
                 verdict = judge_server(server, server_policy, page.now)
@@ -701,6 +732,28 @@ def patiently(task: Callable[[], T], stop: threading.Event) -> T:
     return task()
 
 
+class Fuse(NamedTuple):
+    """How much one pass may cull."""
+
+    most: float
+    percent: bool  # of the ready servers, and of the users
+
+    def __str__(self) -> str:
+        return f"{self.most:g}{'%' * self.percent}"
+
+    def check(self, scan: Scan) -> None:
+        """Raise FuseBlown if more is due."""
+        for what, due, whole in (
+            ("servers", len(scan.servers), scan.running),
+            ("users", len(scan.users), scan.listed),
+        ):
+            if due > (self.most * whole / 100 if self.percent else self.most):
+                raise FuseBlown(
+                    f"nothing is culled, because {due} of {whole} {what} are due and --max-culls is {self};"
+                    " look with --dry-run and, if they should go, raise it"
+                )
+
+
 class Outcome(enum.StrEnum):
     """What became of something that was due."""
 
@@ -737,8 +790,8 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
-    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as they were before, at their
-    # first second look; and when the last of their servers was stopped.
+    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as they were before, at
+    # their first second look, and when the last of their servers was stopped.
     looks: dict[str, User] = dataclasses.field(default_factory=dict)
     stops: dict[str, datetime] = dataclasses.field(default_factory=dict)
 
@@ -863,7 +916,7 @@ class PassResult:
     deleted: int = 0  # users; they are not among the outcomes
     seconds: float = 0
     refused: bool = False  # the token may not do what was due
-    error: CullError | None = None  # why the user list was not read, or not all of it
+    errors: list[CullError] = dataclasses.field(default_factory=list)  # of the whole pass
 
     @property
     def undone(self) -> int:
@@ -881,8 +934,8 @@ class PassResult:
     @property
     def exit_code(self) -> Exit:
         """What --once exits with."""
-        if self.error:
-            return self.error.exit_code
+        if self.errors:
+            return max(error.exit_code for error in self.errors)
         if self.refused:
             return Exit.NO_HUB
         return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone else Exit.DONE
@@ -932,8 +985,9 @@ class Culler:
             with Hub(self.settings.url, read_token(self.settings.token_file), self.settings.request_timeout) as hub:
                 self._check_scopes(hub)
                 scan = scan_hub(hub, self.settings, self.stop)
-                result.error = scan.error
                 result.running = scan.running
+                if scan.error:
+                    result.errors.append(scan.error)
                 if scan.doubts:
                     log.warning(
                         "kept %d that the Hub describes unclearly; the first: %s", scan.doubts, scan.first_doubt
@@ -942,13 +996,15 @@ class Culler:
                     show_plan(scan)
                 else:
                     result.due = len(scan.servers) + len(scan.users)
+                    if self.settings.max_culls:
+                        self.settings.max_culls.check(scan)
                     for event in Culling(hub, scan, self.stop).events():
                         log.log(event.level, "%s", event)
                         result.count(event)
         except CullError as error:
-            result.error = error
+            result.errors.append(error)
         result.seconds = time.monotonic() - began
-        self._scopes_checked = self._scopes_checked or not result.error
+        self._scopes_checked = self._scopes_checked or not result.errors
         return result
 
     def _check_scopes(self, hub: Hub) -> None:
@@ -967,9 +1023,9 @@ class Culler:
     def _report(self, result: PassResult, pause: float | None = None) -> None:
         """Log what a pass came to, and in how many seconds the next one starts."""
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
-        if result.error:
-            log.error("%s%s", result.error, following)
-        if not self.settings.dry_run and (result.running or not result.error):
+        for error in result.errors:
+            log.error("%s%s", error, following)
+        if not self.settings.dry_run and (result.running or not result.errors):
             log.info("pass: %s%s", result, following)
 
 
@@ -1035,6 +1091,11 @@ def show_plan(scan: Scan) -> None:
             click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
     users = f", {len(scan.users)} users deleted" if scan.settings.cull_users else ""
     click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+    if scan.settings.max_culls:
+        try:
+            scan.settings.max_culls.check(scan)
+        except FuseBlown as error:
+            click.echo(f"But {error}.")
 
 
 def set_up_logging(level: str) -> None:
@@ -1069,6 +1130,18 @@ def duration(*, least: timedelta = ZERO, most: timedelta = timedelta.max, never:
         return number
 
     return {"callback": convert, "metavar": "DURATION|never" if never else "DURATION"}
+
+
+def fuse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Fuse | None:
+    """Read a number, or a percentage."""
+    if value is None:
+        return None
+    match = re.fullmatch(rf"({NUMBER})%|([0-9]+)", value.strip())
+    if not match or float(match[1] or 0) > 100:
+        raise click.BadParameter(
+            f"{shorten(value, 40)!r} is neither a number, such as 20, nor a percentage, such as 10%."
+        )
+    return Fuse(float(match[1] or match[2]), percent=bool(match[1]))
 
 
 def hub_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
@@ -1143,6 +1216,13 @@ class Settings:
     remove_named_servers: bool = boolean(WHAT, "Also remove a named server once it is stopped.", "false")
     cull_users: bool = boolean(WHAT, "Also delete idle users none of whose servers still run.", "false")
     cull_admin_users: bool = boolean(WHAT, "Let --cull-users delete admins too.", "true")
+    max_culls: Fuse | None = option(
+        WHAT,
+        "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
+        " of the ready servers, and of the users.",
+        callback=fuse,
+        metavar="N|N%",
+    )
 
     once: bool = option(WHEN, "Make one pass, then exit.", is_flag=True, show_default=False)
     cull_every: timedelta | None = option(
