@@ -118,7 +118,8 @@ def test_the_hubs_own_variables_are_heeded_after_the_programs(settings_of: Any) 
 def test_every_option_is_an_environment_variable(settings_of: Any) -> None:
     values = {
         "TIMEOUT": "2h", "MAX_AGE": "3h", "CULL_DEFAULT_SERVERS": "no", "CULL_NAMED_SERVERS": "no",
-        "REMOVE_NAMED_SERVERS": "yes", "CULL_USERS": "yes", "CULL_ADMIN_USERS": "no", "MAX_CULLS": "5%", "ONCE": "1", "CULL_EVERY": "7",
+        "REMOVE_NAMED_SERVERS": "yes", "CULL_USERS": "yes", "CULL_ADMIN_USERS": "no", "MAX_CULLS": "5%",
+        "ONCE": "1", "CULL_EVERY": "7",
         "DRY_RUN": "1", "URL": "http://h/hub/api", "TOKEN_FILE": "x", "CONCURRENCY": "3", "API_PAGE_SIZE": "4",
         "REQUEST_TIMEOUT": "5", "VERBOSE": "1", "QUIET": "1", "LOG_LEVEL": "error",
     }  # fmt: skip
