@@ -319,9 +319,8 @@ class Verdict(NamedTuple):
 
 def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
     """Judge something last active and born at these moments by the policy's limits."""
-    idle = max(
-        now - active, ZERO
-    )  # the Date header has whole seconds only: what is active now seems to be in the future
+    # `now` is cut to whole seconds, so what is active at this moment seems to be so in the future.
+    idle = max(now - active, ZERO)
     age = None if born is None else max(now - born, ZERO)
     if policy.timeout is not None and idle >= policy.timeout:
         return Verdict(True, "idle", idle, age, policy.timeout)
@@ -358,9 +357,9 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 
 # ---- The Hub
 
-NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
 READ_SIZE = 1 << 18  # bytes
 LARGEST_BODY = 1 << 28  # bytes; the list of half a million users, from a Hub that knows no pages
+NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
 NO_TOKEN = (
     "the token must be of this Hub, not expired, and its owner have a role or, before JupyterHub 2.0, be an admin"
 )
@@ -463,9 +462,9 @@ class Hub:
             adapter.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
-        """Read the user list from an offset on: `size` users, 0 for the Hub's choice, or just those with ready servers.
+        """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
 
-        Hubs before 2.0 answer with the whole list, those before 1.3 also with the users who have no server.
+        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore this, those before 2.0 all the rest.
         """
         query = {"state": "ready" if ready_only else None, "limit": size, "offset": offset}
         answer = self._ask("GET", "/users", {key: value for key, value in query.items() if value})
@@ -536,7 +535,7 @@ class Hub:
             prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
             with self._adapter().send(prepared, timeout=timeout, **self._transport) as response:
                 content = read_body(response, deadline)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+        except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")))
         if answer.status in (429, 502, 503, 504):
@@ -595,6 +594,8 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
         return any(isinstance(cause, kinds) for cause in causes)
 
     where = f"{request}: {url}"
+    if caused_by(requests.exceptions.ProxyError):
+        return TryAgain(f"{where} is not reached through the proxy of $HTTPS_PROXY ({type(causes[-1]).__name__})")
     if caused_by(requests.exceptions.SSLError, ssl.SSLError):
         return HubError(f"{where}: TLS failed: {shorten(str(causes[-1]))}")
     if caused_by(socket.gaierror, urllib3.exceptions.NameResolutionError):
@@ -603,7 +604,7 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
         return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
     if caused_by(requests.Timeout, urllib3.exceptions.TimeoutError):
         return HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
-    if caused_by(requests.ConnectionError, requests.exceptions.ChunkedEncodingError, OSError):
+    if caused_by(requests.ConnectionError, urllib3.exceptions.ProtocolError):
         return TryAgain(
             f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
         )
@@ -963,8 +964,10 @@ class Culler:
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
             self._report(result)
-            interrupted = self.stop.is_set() and not self.settings.dry_run
-            return max(result.exit_code, Exit.UNDONE) if interrupted else result.exit_code
+            if self.stop.is_set():
+                log.error("told to stop before the pass was over")
+                return max(result.exit_code, Exit.UNDONE)
+            return result.exit_code
         failures = 0
         while not self.stop.is_set():
             began = time.monotonic()
@@ -1249,7 +1252,7 @@ class Settings:
         metavar="FILE",
     )
     concurrency: int = option(
-        HUB, "Requests in flight at the same time.", type=click.IntRange(min=1), default=10, metavar="N"
+        HUB, "Requests in flight at the same time.", type=click.IntRange(1, 1000), default=10, metavar="N"
     )
     api_page_size: int = option(
         HUB,

@@ -145,6 +145,7 @@ def test_once_interrupted_exits_1(scripted: ScriptedHub, start: Start) -> None:
     culler.wait_for(lambda: scripted.in_flight == 2)
     assert culler.end(signal.SIGINT) == 1
     assert len(scripted.running()) == 2
+    assert "ERROR    told to stop before the pass was over" in culler.said()
 
 
 def test_a_second_signal_ends_it_at_once(scripted: ScriptedHub, start: Start) -> None:

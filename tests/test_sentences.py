@@ -395,8 +395,8 @@ def test_users_may_be_deleted_with_either_scope(cull_scripted: Cull, scripted: S
         pytest.param(["--cull-every", "never"], ["--cull-every", "not a duration"], id="cull never"),
         pytest.param(["--request-timeout", "0"], ["--request-timeout", "too short"], id="no time"),
         pytest.param(["--request-timeout", "never"], ["--request-timeout", "not a duration"], id="unending"),
-        pytest.param(["--concurrency", "0"], ["--concurrency", ">=1"], id="nothing in flight"),
-        pytest.param(["--concurrency", "-1"], ["--concurrency", ">=1"], id="less than nothing"),
+        pytest.param(["--concurrency", "0"], ["--concurrency", "1<=x<=1000"], id="nothing in flight"),
+        pytest.param(["--concurrency", "-1"], ["--concurrency", "1<=x<=1000"], id="less than nothing"),
         pytest.param(["--concurrency", "many"], ["--concurrency", "'many'", "not a valid integer"], id="no number"),
         pytest.param(["--concurrency", "1.5"], ["--concurrency", "not a valid integer"], id="a fraction"),
         pytest.param(["--api-page-size", "-1"], ["--api-page-size", ">=0"], id="a page of less than nothing"),
@@ -474,3 +474,18 @@ def test_the_command_line_wins_over_a_variable_that_is_wrong(cull_scripted: Cull
 def test_the_wrong_value_on_the_command_line_is_not_blamed_on_the_variable(cull_scripted: Cull) -> None:
     result = cull_scripted("--timeout", "1x", env={"CULL_IDLE_TIMEOUT": "1h"})
     assert_one_sentence(result, 2, "--timeout", "'1x'")
+
+
+# The environment of requests
+
+
+def test_a_ca_bundle_that_is_not_there(cull_scripted: Cull) -> None:
+    result = cull_scripted("--url=https://127.0.0.1:1/hub/api", env={"REQUESTS_CA_BUNDLE": "/nowhere.pem"})
+    assert_one_sentence(result, 3, "Could not find a suitable TLS CA certificate bundle", "/nowhere.pem")
+
+
+def test_a_proxy_that_is_down(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0,))
+    env = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "", "no_proxy": ""}
+    result = cull_scripted("--url=https://hub.example.org/hub/api", env=env)
+    assert_one_sentence(result, 3, "hub.example.org", "$HTTPS_PROXY", "ConnectionRefusedError")
