@@ -14,21 +14,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import json
 import logging
 import os
 import re
 import signal
-import socket
-import ssl
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
@@ -36,7 +31,10 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
+# What takes long to import is imported where it is needed: --help and --version answer at once.
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     import requests
 
 __version__ = "0.1.0"
@@ -106,7 +104,6 @@ def shorten(text: str, width: int = 200) -> str:
 # ---- Durations and times
 
 ZERO = timedelta(0)
-WHOLE_SECOND = timedelta(seconds=1)  # what a Date header cuts off
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
 DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
@@ -167,6 +164,8 @@ def parse_time(text: object) -> datetime | None:
 
 def parse_http_date(text: str | None) -> datetime:
     """Read a Date header; the local clock stands in for one that is missing or garbage."""
+    from email.utils import parsedate_to_datetime
+
     try:
         moment = parsedate_to_datetime(text or "")
     except (ValueError, OverflowError):
@@ -215,14 +214,12 @@ class User(NamedTuple):
 
 
 def read_user(model: object) -> User:
-    """Turn a user model of the REST API, of any Hub since 0.6, into values. Only this function knows its keys.
+    """Turn a user model of the REST API, of any Hub since 0.6, into values.
 
-    What is missing or malformed makes its `doubt`. Raises ValueError only for one that has no name.
+    What is missing or malformed makes a `doubt`; raises ValueError only for what has no name.
     https://jupyterhub.readthedocs.io/en/stable/reference/rest-api.html#/default/get_users
     """
-    name = model.get("name") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(name, str) or not name:
-        raise ValueError("answered a user without a name")
+    model = named(model)
     created, last_activity, doubt = None, None, ""
     try:
         created = parse_time(model.get("created"))
@@ -236,33 +233,38 @@ def read_user(model: object) -> User:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
         doubt = doubt or "the Hub does not say whether it is an admin"
+    return User(model["name"], admin is not False, created, last_activity, read_servers(model), doubt)
 
-    servers = model.get("servers")
+
+def read_servers(model: object) -> list[Server]:
+    """Turn the servers in a user model into values: all that a pass without --cull-users needs. Raises as read_user."""
+    model = named(model)
+    name, servers = model["name"], model.get("servers")
+    if isinstance(servers, dict):
+        return [
+            read_server(name, server_name, server, model)
+            for server_name, server in servers.items()
+            if not (isinstance(server, dict) and server.get("stopped") is True)
+        ]
     if "servers" not in model and "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
-        servers = {"": {"url": model["server"]}} if model["server"] or model.get("pending") else {}
-    return User(name, admin is not False, created, last_activity, read_servers(name, servers, model), doubt)
+        running = model["server"] or model.get("pending")
+        return [read_server(name, "", {"url": model["server"]}, model)] if running else []
+    return [Server(name, "", False, "", None, None, "its servers are not shown: that takes the scope read:servers")]
 
 
-SERVER_KEYS = frozenset(("ready", "pending", "last_activity"))
-
-
-def read_servers(user: str, models: object, user_model: Mapping[str, object]) -> list[Server]:
-    """Turn the server models of a user into values. Never raises."""
-    if not isinstance(models, dict):
-        return [Server(user, "", False, "", None, None, "its servers are not shown: that takes the scope read:servers")]
-    return [
-        read_server(user, name, model, user_model)
-        for name, model in models.items()
-        if not (isinstance(model, dict) and model.get("stopped") is True)
-    ]
+def named(model: object) -> dict[str, Any]:
+    """Pass on what is a user model as far as that it has a name. Raises ValueError."""
+    if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
+        return model
+    raise ValueError("answered a user without a name")
 
 
 def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
-    """Turn a server model, with the user model around it, into values. Never raises."""
+    """Turn a server model, with the user model around it, into values."""
     if not isinstance(model, dict):
         return Server(user, name, False, "", None, None, "its model is not a JSON object")
-    if SERVER_KEYS.isdisjoint(model):
+    if "ready" not in model and "pending" not in model and "last_activity" not in model:
         # JupyterHub 0.6 to 0.8: `url` is set once the server is ready, and all else is said of the user only.
         model = {
             "ready": bool(model.get("url")),
@@ -272,16 +274,16 @@ def read_server(user: str, name: str, model: object, user_model: Mapping[str, ob
     started, last_activity, doubt = None, None, ""
     try:
         started = parse_time(model.get("started"))
-        last_activity = parse_time(model.get("last_activity")) or started  # null until the first activity
+        last_activity = parse_time(model["last_activity"]) or started  # null until the first activity
+        ready, pending = model["ready"], model["pending"]
+        if last_activity is None:
+            doubt = "neither last_activity nor started is known"
+        elif not isinstance(ready, bool):
+            doubt = "ready is neither true nor false"
     except ValueError as error:
-        doubt = f"started or last_activity: {error}"
-    ready, pending = model.get("ready"), model.get("pending")
-    if not model.keys() >= SERVER_KEYS:
-        doubt = f"{' and '.join(sorted(SERVER_KEYS - model.keys()))} missing"
-    elif last_activity is None:
-        doubt = doubt or "neither last_activity nor started is known"
-    elif not isinstance(ready, bool):
-        doubt = doubt or "ready is neither true nor false"
+        return Server(user, name, False, "", None, None, f"started or last_activity: {error}")
+    except KeyError as key:
+        return Server(user, name, False, "", None, None, f"{key.args[0]} is missing")
     return Server(user, name, ready is True, str(pending) if pending else "", started, last_activity, doubt)
 
 
@@ -320,7 +322,7 @@ class Verdict(NamedTuple):
 def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
     """Judge something last active and born at these moments by the policy's limits."""
     # `now` is cut to whole seconds, so what is active at this moment seems to be so in the future.
-    idle = max(now - active, ZERO)
+    idle = now - active if active < now else ZERO
     age = None if born is None else max(now - born, ZERO)
     if policy.timeout is not None and idle >= policy.timeout:
         return Verdict(True, "idle", idle, age, policy.timeout)
@@ -374,6 +376,8 @@ class Answer(NamedTuple):
 
     def json(self) -> object:
         """The body as JSON, whatever its Content-Type says: JupyterHub 0.6 and 0.7 call it HTML. Raises ValueError."""
+        import json
+
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -573,6 +577,8 @@ def segment(name: str) -> str:
 
 def parse_retry_after(text: str | None, now: datetime) -> float:
     """Seconds that a Retry-After header asks for, 0 for one that is missing or garbage."""
+    from email.utils import parsedate_to_datetime
+
     if text and text.isdecimal():
         return float(text)
     try:
@@ -596,9 +602,9 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
     where = f"{request}: {url}"
     if caused_by(requests.exceptions.ProxyError):
         return TryAgain(f"{where} is not reached through the proxy of $HTTPS_PROXY ({type(causes[-1]).__name__})")
-    if caused_by(requests.exceptions.SSLError, ssl.SSLError):
+    if caused_by(requests.exceptions.SSLError, urllib3.exceptions.SSLError):
         return HubError(f"{where}: TLS failed: {shorten(str(causes[-1]))}")
-    if caused_by(socket.gaierror, urllib3.exceptions.NameResolutionError):
+    if caused_by(urllib3.exceptions.NameResolutionError):
         return TryAgain(f"{where}: its host name does not resolve; is --url right?")
     if caused_by(ConnectionRefusedError):
         return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
@@ -616,6 +622,8 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
 
 def role_for(settings: Settings, identity: Identity | None) -> str:
     """The lines of jupyterhub_config.py that allow the token's owner what these settings need."""
+    import json
+
     scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers"]
     if settings.cull_users:
         scopes.append("admin:users")
@@ -671,22 +679,23 @@ class Scan:
         verbose = log.isEnabledFor(logging.DEBUG)
         for model in page.models:
             try:
-                user = read_user(model)
+                user = read_user(model) if self.settings.cull_users else None
+                servers = user.servers if user else read_servers(model)
             except ValueError as error:
                 self._doubt("the user list", str(error))
                 continue
             self.listed += 1
             staying = 0
-            for server in user.servers:
+            for server in servers:
                 verdict = judge_server(server, server_policy, page.now)
                 self.running += server.ready
                 if verdict.cull:
-                    self.servers.setdefault((user.name, server.name), Due(server, verdict))
+                    self.servers.setdefault((server.user, server.name), Due(server, verdict))
                 else:
                     staying += 1
                     if verbose or server.doubt:
                         self._keep(Due(server, verdict))
-            if self.settings.cull_users and not staying:
+            if user and not staying:
                 verdict = judge_user(user, user_policy, page.now)
                 if verdict.cull:
                     self.users.setdefault(user.name, Due(user, verdict))
@@ -798,6 +807,8 @@ class Culling:
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
+        from concurrent.futures import ThreadPoolExecutor
+
         staying: set[str] = set()
         with ThreadPoolExecutor(self.scan.settings.concurrency) as workers:
             try:
@@ -815,6 +826,8 @@ class Culling:
     def _side_by_side(
         self, workers: ThreadPoolExecutor, cull: Callable[[Due[Target]], Event], dues: Iterable[Due[Target]]
     ) -> Iterator[Event]:
+        from concurrent.futures import as_completed
+
         def work(due: Due[Target]) -> Event | None:
             if self.ended or self.stop.is_set():
                 return None
@@ -846,15 +859,16 @@ class Culling:
             if not verdict.cull:
                 return Event(server, Outcome.SPARED, change_of_mind(verdict))
 
-        asked = time.monotonic()
+        began = time.monotonic()
         answer = self.hub.stop(server, remove=settings.remove_named_servers)
         removed = "; removed" if server.name and settings.remove_named_servers else ""
         match answer.status:
             case 204:
-                self.stops[server.user] = answer.now
+                # The Hub dates its answer when the request comes, and cuts the fraction of the second off.
+                self.stops[server.user] = answer.now + timedelta(seconds=time.monotonic() - began + 1)
                 return Event(server, Outcome.CULLED, verdict.reason + removed)
             case 202:
-                waited = format_duration(timedelta(seconds=round(time.monotonic() - asked)))
+                waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
                 return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}")
             case 404 | 400:
                 return Event(server, Outcome.GONE, f"the Hub {answer}")
@@ -869,7 +883,7 @@ class Culling:
             if fresh.created != user.created:
                 return Event(user, Outcome.SPARED, "it was created anew")
             before, stopped = self.looks.get(user.name), self.stops.get(user.name)
-            if before and stopped and fresh.last_activity and fresh.last_activity < stopped + WHOLE_SECOND:
+            if before and stopped and fresh.last_activity and fresh.last_activity < stopped:
                 fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
             verdict = judge_user(fresh, self.scan.settings.user_policy, now)
             if not verdict.cull:

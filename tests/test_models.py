@@ -159,7 +159,7 @@ def test_servers_that_are_not_shown_are_one_server_in_doubt(servers: dict[str, o
 def test_a_server_of_which_a_field_is_missing_is_in_doubt(left_out: str) -> None:
     model = {key: value for key, value in SERVER.items() if key != left_out}
     (server,) = read_user({**ANN, "servers": {"": model}}).servers
-    assert server.doubt == f"{left_out} missing"
+    assert server.doubt == f"{left_out} is missing"
 
 
 def test_a_user_of_unknown_rank_counts_as_an_admin() -> None:

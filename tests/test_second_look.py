@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -283,6 +284,15 @@ def test_a_user_who_was_active_after_its_servers_were_stopped_is_spared(
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
     assert "INFO     spared user ann: active again 0s ago" in result.lines
+
+
+def test_a_stop_that_takes_long_is_not_taken_for_an_activity_of_its_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.date_header = format_datetime(scripted.now, usegmt=True)  # the Hub dates an answer when it is asked
+    scripted.add("ann", idle=LONG_AGO, stop_seconds=1.2)
+    cull_scripted("--timeout", "1h", "--cull-users")
+    assert scripted.lines("DELETE") == ["DELETE /users/ann/server", "DELETE /users/ann"]
 
 
 def test_a_user_whose_look_before_the_stop_was_denied_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
