@@ -33,6 +33,7 @@ import click
 
 # What takes long to import is imported where it is needed: --help and --version answer at once.
 if TYPE_CHECKING:
+    import socket
     from concurrent.futures import ThreadPoolExecutor
 
     import requests
@@ -359,7 +360,7 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 
 # ---- The Hub
 
-READ_SIZE = 1 << 18  # bytes
+READ_SIZE = 1 << 16  # bytes
 LARGEST_BODY = 1 << 28  # bytes; the list of half a million users, from a Hub that knows no pages
 NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
 NO_TOKEN = (
@@ -399,36 +400,70 @@ class Page(NamedTuple):
     models: list[object]
     now: datetime  # the Hub's clock
     offset: int
-    next: object  # null on the last page, else {"offset": …}
+    next: object = None  # null on the last page, else {"offset": …}
+    total: object = None  # how many users there are, if the Hub says so
 
     def next_offset(self) -> int | None:
         """Where the next page starts, None after the last. Raises HubError for a pagination that would never end."""
         if self.next is None:
             return None
         offset = self.next.get("offset") if isinstance(self.next, dict) else None
-        if not isinstance(offset, int) or offset <= self.offset:
+        total = self.total if isinstance(self.total, int) else sys.maxsize
+        if type(offset) is not int or not self.offset < offset < total:
             raise HubError(
                 f"GET /users: the page after offset {self.offset} would start at {offset}; the rest is not read"
             )
         return offset
 
 
-def read_body(response: requests.Response, deadline: float) -> bytes:
-    """Read an answer's body by the deadline, in seconds of time.monotonic(): a timeout of requests is for each byte.
-
-    Raises requests.ReadTimeout, and ValueError for one that is too large to be an answer.
-    """
-    import requests
-
+def read_body(response: requests.Response) -> bytes:
+    """Read an answer's body. Raises ValueError for one that is too large to be an answer."""
     chunks, size = [], 0
     while chunk := response.raw.read1(READ_SIZE, decode_content=True):
         chunks.append(chunk)
         size += len(chunk)
         if size > LARGEST_BODY:
             raise ValueError(f"the answer has more than {LARGEST_BODY >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise requests.ReadTimeout
     return b"".join(chunks)
+
+
+def punctual_adapter() -> requests.adapters.HTTPAdapter:
+    """An adapter whose timeout bounds a whole answer; that of requests bounds each read, and an answer may drip."""
+    import io
+    from http.client import HTTPResponse
+
+    import urllib3
+    from requests.adapters import HTTPAdapter
+
+    class Reader(io.RawIOBase):
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+            self.deadline = time.monotonic() + (sock.gettimeout() or 0)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            return self.sock.recv_into(buffer)
+
+    class Response(HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp.close()
+            self.fp = io.BufferedReader(Reader(sock), READ_SIZE)
+
+    class HTTPPool(urllib3.HTTPConnectionPool):
+        class ConnectionCls(urllib3.connection.HTTPConnection):
+            response_class = Response
+
+    class HTTPSPool(urllib3.HTTPSConnectionPool):
+        class ConnectionCls(urllib3.connection.HTTPSConnection):
+            response_class = Response
+
+    adapter = HTTPAdapter()
+    adapter.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+    return adapter
 
 
 class Identity(NamedTuple):
@@ -479,9 +514,9 @@ class Hub:
         try:
             match answer.json():
                 case list(models):
-                    return Page(models, answer.now, offset, None)
-                case {"items": list(models), "_pagination": {"next": following}}:
-                    return Page(models, answer.now, offset, following)
+                    return Page(models, answer.now, offset)
+                case {"items": list(models), "_pagination": {"next": following} as pagination}:
+                    return Page(models, answer.now, offset, following, pagination.get("total"))
         except ValueError as error:
             raise HubError(f"GET /users: {self.url} {error}; {NO_API}") from None
         raise HubError(f"GET /users: {self.url} answered JSON that is not a user list; {NO_API}")
@@ -531,14 +566,13 @@ class Hub:
         import urllib3
 
         request = requests.Request(method, self.url, self._headers, json=body)
-        timeout = self._timeout.total_seconds()
-        deadline = time.monotonic() + timeout
         try:
             prepared = request.prepare()
             # Set last, because requests would decode a name such as %2E%2E again and take it for the folder above.
             prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+            timeout = self._timeout.total_seconds()
             with self._adapter().send(prepared, timeout=timeout, **self._transport) as response:
-                content = read_body(response, deadline)
+                content = read_body(response)
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")))
@@ -552,11 +586,9 @@ class Hub:
 
     def _adapter(self) -> requests.adapters.HTTPAdapter:
         """This thread's connection."""
-        from requests.adapters import HTTPAdapter
-
-        adapter: HTTPAdapter | None = getattr(self._thread, "adapter", None)
+        adapter: requests.adapters.HTTPAdapter | None = getattr(self._thread, "adapter", None)
         if adapter is None:
-            adapter = self._thread.adapter = HTTPAdapter()
+            adapter = self._thread.adapter = punctual_adapter()
             self._adapters.append(adapter)
         return adapter
 
@@ -672,11 +704,13 @@ class Scan:
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
+    clock: tuple[datetime, float] = (datetime.max.replace(tzinfo=UTC), 0)  # the Hub's at a moment of time.monotonic()
 
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
         server_policy, user_policy = self.settings.server_policy, self.settings.user_policy
         verbose = log.isEnabledFor(logging.DEBUG)
+        self.clock = page.now, time.monotonic()
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
@@ -701,6 +735,14 @@ class Scan:
                     self.users.setdefault(user.name, Due(user, verdict))
                 else:
                     self._keep(Due(user, verdict))
+
+    def not_after(self, now: datetime) -> datetime:
+        """A second look's time, or what the Hub's clock must show by now if that is earlier.
+
+        An answer without a date, or with that of another clock, must not make an active server seem idle.
+        """
+        then, at = self.clock
+        return min(now, then + timedelta(seconds=time.monotonic() - at))
 
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.target.doubt:
@@ -824,49 +866,42 @@ class Culling:
             yield Event(self.scan.users[name].target, Outcome.SPARED, "a server is still there")
 
     def _side_by_side(
-        self, workers: ThreadPoolExecutor, cull: Callable[[Due[Target]], Event], dues: Iterable[Due[Target]]
+        self, workers: ThreadPoolExecutor, cull: Callable[[Due[Target]], Event | None], dues: Iterable[Due[Target]]
     ) -> Iterator[Event]:
         from concurrent.futures import as_completed
 
         def work(due: Due[Target]) -> Event | None:
-            if self.ended or self.stop.is_set():
+            if self._over():
                 return None
             try:
                 event = patiently(partial(cull, due), self.stop)
             except HubError as error:
                 return Event(due.target, Outcome.FAILED, f"{due.verdict.reason}; {error}")
-            self.ended = self.ended or event.ends_pass
+            self.ended = self.ended or (event is not None and event.ends_pass)
             return event
 
         for future in as_completed([workers.submit(work, due) for due in dues]):
             if event := future.result():
                 yield event
 
-    def _stop_server(self, due: Due[Server]) -> Event:
-        server, settings = due.target, self.scan.settings
-        verdict = due.verdict
-        user, now = self.hub.user(server.user)
-        if user is not None:
-            self.looks.setdefault(user.name, user)
-            fresh = user.server(server.name)
-            if fresh is None:
-                return Event(server, Outcome.GONE, "not running any more")
-            if fresh.pending == "stop":
-                return Event(server, Outcome.STOPPING, "the Hub is stopping it already")
-            if fresh.started != server.started:
-                return Event(server, Outcome.SPARED, "it was started anew")
-            verdict = judge_server(fresh, settings.server_policy, now)
-            if not verdict.cull:
-                return Event(server, Outcome.SPARED, change_of_mind(verdict))
+    def _over(self) -> bool:
+        """Whether nothing new may be started."""
+        return self.ended or self.stop.is_set()
 
+    def _stop_server(self, due: Due[Server]) -> Event | None:
+        server, remove = due.target, self.scan.settings.remove_named_servers
+        verdict = self._look_at_server(due)
+        if isinstance(verdict, Event):
+            return verdict
+        if self._over():
+            return None
         began = time.monotonic()
-        answer = self.hub.stop(server, remove=settings.remove_named_servers)
-        removed = "; removed" if server.name and settings.remove_named_servers else ""
+        answer = self.hub.stop(server, remove=remove)
         match answer.status:
             case 204:
                 # The Hub dates its answer when the request comes, and cuts the fraction of the second off.
                 self.stops[server.user] = answer.now + timedelta(seconds=time.monotonic() - began + 1)
-                return Event(server, Outcome.CULLED, verdict.reason + removed)
+                return Event(server, Outcome.CULLED, verdict.reason + ("; removed" if server.name and remove else ""))
             case 202:
                 waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
                 return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}")
@@ -874,21 +909,32 @@ class Culling:
                 return Event(server, Outcome.GONE, f"the Hub {answer}")
         return self._refused(server, verdict, answer, "delete:servers")
 
-    def _delete_user(self, due: Due[User]) -> Event:
-        user, verdict = due
-        fresh, now = self.hub.user(user.name)
-        if fresh is not None:
-            if fresh.servers:
-                return Event(user, Outcome.SPARED, "a server is there again")
-            if fresh.created != user.created:
-                return Event(user, Outcome.SPARED, "it was created anew")
-            before, stopped = self.looks.get(user.name), self.stops.get(user.name)
-            if before and stopped and fresh.last_activity and fresh.last_activity < stopped:
-                fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
-            verdict = judge_user(fresh, self.scan.settings.user_policy, now)
-            if not verdict.cull:
-                return Event(user, Outcome.SPARED, change_of_mind(verdict))
+    def _look_at_server(self, due: Due[Server]) -> Verdict | Event:
+        """Decide again on the fresh model; without one, it is for the DELETE to tell."""
+        server, verdict = due
+        user, now = self.hub.user(server.user)
+        if user is None:
+            return verdict
+        self.looks.setdefault(user.name, user)
+        fresh = user.server(server.name) or next((each for each in user.servers if each.doubt), None)
+        if fresh is None:
+            return Event(server, Outcome.GONE, "not running any more")
+        if fresh.doubt:
+            return Event(server, Outcome.SPARED, fresh.doubt)
+        if fresh.pending == "stop":
+            return Event(server, Outcome.STOPPING, "the Hub is stopping it already")
+        if fresh.started != server.started:
+            return Event(server, Outcome.SPARED, "it was started anew")
+        verdict = judge_server(fresh, self.scan.settings.server_policy, self.scan.not_after(now))
+        return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict))
 
+    def _delete_user(self, due: Due[User]) -> Event | None:
+        user = due.target
+        verdict = self._look_at_user(due)
+        if isinstance(verdict, Event):
+            return verdict
+        if self._over():
+            return None
         answer = self.hub.delete_user(user.name)
         match answer.status:
             case 204:
@@ -900,6 +946,22 @@ class Culling:
             case 400:  # it has a server that is stopping, or is the token's owner
                 return Event(user, Outcome.SPARED, f"the Hub {answer}")
         return self._refused(user, verdict, answer, "admin:users")
+
+    def _look_at_user(self, due: Due[User]) -> Verdict | Event:
+        """Decide again, now that its servers are stopped; that is not to count as activity, all else is."""
+        user, verdict = due
+        fresh, now = self.hub.user(user.name)
+        if fresh is None:
+            return verdict
+        if fresh.servers:
+            return Event(user, Outcome.SPARED, "a server is there again")
+        if fresh.created != user.created:
+            return Event(user, Outcome.SPARED, "it was created anew")
+        before, stopped = self.looks.get(user.name), self.stops.get(user.name)
+        if before and stopped and fresh.last_activity and fresh.last_activity < stopped:
+            fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
+        verdict = judge_user(fresh, self.scan.settings.user_policy, self.scan.not_after(now))
+        return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict))
 
     def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
         """The event for a DELETE that did not work."""

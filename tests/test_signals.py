@@ -1,0 +1,196 @@
+"""SIGTERM in every phase of a pass: what is in flight finishes, nothing is begun, and the process soon ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import NamedTuple
+
+import pytest
+from conftest import Cull
+from scripted_hub import Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
+from test_loop import Running, Start
+from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
+
+LONG_AGO = 7230.0
+IN_FLIGHT = 0.5  # seconds that a slow request still takes once the signal has come
+SOON = 2.0  # seconds, for all else that a process does to end
+
+
+class Phase(NamedTuple):
+    """A phase of a pass: the requests, of two workers, that are slow in it, and what has come of it at the end."""
+
+    slow: tuple[str, str]
+    workers: int
+    stopped: int
+    deleted: int
+
+
+PHASES = [
+    pytest.param(Phase(("GET", "/user"), 1, 0, 0), id="whose token is it"),
+    pytest.param(Phase(("GET", r"/users\?limit=2"), 1, 0, 0), id="first page"),
+    pytest.param(Phase(("GET", r"/users\?limit=2&offset=4"), 1, 0, 0), id="middle page"),
+    pytest.param(Phase(("GET", r"/users\?limit=2&offset=8"), 1, 0, 0), id="last page"),
+    pytest.param(Phase(("GET", "/users/idle.*"), 2, 0, 0), id="second look at servers"),
+    pytest.param(Phase(("DELETE", "/users/idle.*/server"), 2, 2, 0), id="DELETE of servers"),
+    pytest.param(Phase(("GET", "/users/empty.*"), 2, 5, 0), id="second look at users"),
+    pytest.param(Phase(("DELETE", "/users/empty.*"), 2, 5, 2), id="DELETE of users"),
+]
+
+
+class Gate:
+    """Slow replies: they are held until the signal has been sent, and then for IN_FLIGHT."""
+
+    def __init__(self, scripted: ScriptedHub, method: str, pattern: str) -> None:
+        self.waiting = 0
+        self._lock = threading.Lock()
+        self._sent = threading.Event()
+        scripted.fault(method, pattern, self._reply, times=None)
+
+    def signal_sent(self) -> None:
+        self._sent.set()
+
+    def _reply(self, exchange: Exchange) -> Answer:
+        with self._lock:
+            self.waiting += 1
+        assert self._sent.wait(20)
+        return slow(IN_FLIGHT)(exchange)
+
+
+@pytest.fixture
+def ten_users(scripted: ScriptedHub) -> ScriptedHub:
+    """Five idle servers, whose users were active just now, and five idle users without one; two on a page."""
+    for index in range(5):
+        scripted.add(f"idle{index}", idle=LONG_AGO, user_idle=0)
+    for index in range(5):
+        scripted.add_user(f"empty{index}", idle=LONG_AGO)
+    return scripted
+
+
+def arguments(workers: int = 2) -> list[str]:
+    return ["--timeout=1h", "--cull-users", "--api-page-size=2", f"--concurrency={workers}"]
+
+
+def seconds_to_end(culler: Running, number: signal.Signals = signal.SIGTERM) -> float:
+    began = time.monotonic()
+    culler.end(number)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("once", "exit_code"), [([], 0), (["--once"], 1)], ids=["loop", "once"])
+def test_what_is_in_flight_finishes_and_nothing_is_begun_after_the_signal(
+    ten_users: ScriptedHub, start: Start, phase: Phase, once: list[str], exit_code: int
+) -> None:
+    gate = Gate(ten_users, *phase.slow)
+    culler = start(ten_users, *arguments(), *once)
+    culler.wait_for(lambda: gate.waiting == phase.workers)
+    before = ten_users.lines()
+    culler.process.send_signal(signal.SIGTERM)
+    gate.signal_sent()
+    began = time.monotonic()
+    assert culler.process.wait(15) == exit_code
+    assert IN_FLIGHT / 2 < time.monotonic() - began < IN_FLIGHT + SOON
+    assert ten_users.lines() == before
+    assert ten_users.stopped_count == phase.stopped
+    assert 10 - len(ten_users.users) == phase.deleted
+    assert culler.said().count("culled idle") == phase.stopped
+    assert culler.said().count("deleted user empty") == phase.deleted
+    assert culler.said().count("ERROR") == len(once)  # says that it was interrupted
+
+
+RETRIED = [
+    pytest.param("GET", "/user", id="whose token is it"),
+    pytest.param("GET", r"/users\?limit=2&offset=4", id="page"),
+    pytest.param("GET", "/users/idle0", id="second look at a server"),
+    pytest.param("DELETE", "/users/idle0/server", id="DELETE of a server"),
+    pytest.param("DELETE", "/users/empty0", id="DELETE of a user"),
+]
+
+
+@pytest.mark.parametrize(("method", "pattern"), RETRIED)
+def test_the_pause_before_another_try_ends_with_the_signal(
+    ten_users: ScriptedHub, start: Start, method: str, pattern: str
+) -> None:
+    ten_users.fault(method, pattern, respond(503, headers={"Retry-After": "25"}), times=None)
+    culler = start(ten_users, *arguments(workers=1))
+    path = pattern.replace("\\", "")
+    culler.wait_for(lambda: f"{method} {path}" in ten_users.lines())
+    time.sleep(0.2)  # for the answer to arrive; if it has not, the pause does not begin
+    before = ten_users.lines()
+    assert seconds_to_end(culler) < SOON
+    assert culler.process.returncode == 0
+    assert ten_users.lines() == before
+
+
+@pytest.mark.parametrize(
+    "silence",
+    [
+        pytest.param(hang(), id="no answer"),
+        pytest.param(drip(0.05, of=respond(200, b"x" * 999)), id="a drip of the body"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("GET", "/user"), ("GET", r"/users\?limit=2"), ("GET", "/users/idle0"), ("DELETE", "/users/idle0/server")],
+    ids=["whose token is it", "page", "second look", "DELETE"],
+)
+def test_a_hub_that_falls_silent_delays_the_end_by_one_requests_time_at_most(
+    ten_users: ScriptedHub, start: Start, method: str, pattern: str, silence: Reply
+) -> None:
+    ten_users.fault(method, pattern, silence, times=None)
+    culler = start(ten_users, *arguments(workers=1), "--request-timeout=0.6s")
+    path = pattern.replace("\\", "")
+    culler.wait_for(lambda: f"{method} {path}" in ten_users.lines())
+    before = ten_users.lines()
+    assert seconds_to_end(culler) < 0.6 + SOON
+    assert culler.process.returncode == 0
+    assert ten_users.lines() == before
+
+
+@pytest.mark.parametrize("fault", [normal(), respond(403)], ids=["between two passes", "after a failure"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_the_loops_pause_ends_with_the_signal(
+    scripted: ScriptedHub, start: Start, fault: Reply, number: signal.Signals
+) -> None:
+    scripted.fault("GET", "/users", fault, times=None)
+    culler = start(scripted, "--timeout=1h")
+    culler.wait_for(lambda: "next in" in culler.said())
+    before = scripted.lines()
+    assert seconds_to_end(culler, number) < SOON
+    assert culler.process.returncode == 0
+    assert culler.said().endswith("told to stop\n")
+    assert scripted.lines() == before
+
+
+# In this process
+
+
+def tell_this_process() -> Reply:
+    """A slow reply, at whose first use the program, which must be ready for that, gets a SIGTERM."""
+    sent = threading.Event()
+
+    def reply(exchange: Exchange) -> Answer:
+        if not sent.is_set():
+            sent.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return slow(0.1)(exchange)
+
+    return reply
+
+
+@pytest.mark.parametrize("phase", [pytest.param(*phase.values, id=phase.id) for phase in PHASES])
+def test_no_thread_is_left_and_the_signals_do_what_they_did_before(
+    cull_scripted: Cull, ten_users: ScriptedHub, phase: Phase
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    threads = set(threading.enumerate())
+    ten_users.fault(*phase.slow, tell_this_process(), times=None)
+    assert cull_scripted(*arguments()).exit_code == 1
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    ten_users.pause_listening()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(0 if "ThreadPool" in thread.name else 5)  # the Hub's own threads end now
+    assert set(threading.enumerate()) <= threads
