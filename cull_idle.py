@@ -438,6 +438,7 @@ def punctual_adapter() -> requests.adapters.HTTPAdapter:
     class Reader(io.RawIOBase):
         def __init__(self, sock: socket.socket) -> None:
             self.sock = sock
+            self.stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
             self.deadline = time.monotonic() + (sock.gettimeout() or 0)
 
         def readable(self) -> bool:
@@ -445,7 +446,11 @@ def punctual_adapter() -> requests.adapters.HTTPAdapter:
 
         def readinto(self, buffer: Any) -> int:
             self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            return self.sock.recv_into(buffer)
+            return self.stream.readinto(buffer) or 0
+
+        def close(self) -> None:
+            self.stream.close()
+            super().close()
 
     class Response(HTTPResponse):
         def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
@@ -498,7 +503,9 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         for adapter in self._adapters:
-            adapter.close()
+            pools = adapter.poolmanager.pools  # on their own they are closed when the last exception from them is freed
+            for key in pools.keys():  # noqa: SIM118 (it is no dict)
+                pools[key].close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cull
-from scripted_hub import Reply, ScriptedHub, redirect, respond
+from scripted_hub import Reply, ScriptedHub, raw, redirect, respond
 
 import cull_idle
 
@@ -160,3 +160,16 @@ def test_requests_in_flight_are_as_many_as_told(cull_scripted: Cull, scripted: S
     assert cull_scripted("--timeout", "1h", "--concurrency", "4").exit_code == 0
     assert scripted.in_flight_max == 4
     assert scripted.running() == set()
+
+
+def test_an_answer_that_ends_with_its_connection_is_read_whole(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """As from HTTP/1.0 proxies, and with `Connection: close`: nothing else tells where the body ends."""
+    moment = "2026-01-01T00:00:00Z"
+    server = {"ready": True, "pending": None, "last_activity": moment, "started": moment}
+    users = [{"name": f"user{number}", "servers": {"": server}} for number in range(2000)]
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+    scripted.fault("GET", "/users", raw(head + json.dumps(users).encode()))
+    result = cull_scripted("--timeout", "1h", "--dry-run")
+    assert result.exit_code == 0
+    assert result.out.endswith("2000 of 2000 running servers would be stopped.\n")
+    assert len(scripted.lines("GET")) == 2
