@@ -22,10 +22,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -75,6 +76,12 @@ class FuseBlown(CullError):
     exit_code = Exit.UNDONE
 
 
+class UnreadableError(CullError):
+    """A rule needs what the Hub does not show: to guess would cull what the rule may keep."""
+
+    exit_code = Exit.NO_HUB
+
+
 class HubError(CullError):
     """The Hub, or whatever answers at its URL, cannot be used like this."""
 
@@ -105,6 +112,7 @@ def shorten(text: str, width: int = 200) -> str:
 # ---- Durations and times
 
 ZERO = timedelta(0)
+NEVER = timedelta.max
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
 DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
@@ -187,11 +195,26 @@ class Server(NamedTuple):
     started: datetime | None  # unknown before JupyterHub 0.9
     last_activity: datetime | None
     doubt: str  # what in the Hub's answer is not understood, empty for nothing
+    model: Mapping[str, Any]  # as the Hub has it, for an arbiter
+    user_model: Mapping[str, Any]
 
     @property
     def full_name(self) -> str:
         """The name as the Hub writes it, safe to print: `ann`, or `ann/gpu` for a named server."""
         return printable(f"{self.user}/{self.name}" if self.name else self.user)
+
+    def facts(self, field: str) -> tuple[str, ...] | None:
+        """What a rule may match: the values of `server`, `option.KEY`, `state.KEY` or a field of the user's.
+
+        None for what the Hub does not show.
+        """
+        if field == "server":
+            return (self.name,)
+        kind, _, key = field.partition(".")
+        if not key:
+            return user_facts(self.user_model, field)
+        shown = self.model.get({"option": "user_options", "state": "state"}[kind])
+        return as_texts(shown.get(key, [])) if isinstance(shown, dict) else None
 
 
 class User(NamedTuple):
@@ -203,15 +226,32 @@ class User(NamedTuple):
     last_activity: datetime | None
     servers: list[Server]
     doubt: str  # what in the Hub's answer is not understood, empty for nothing
+    model: Mapping[str, Any]  # as the Hub has it
 
     @property
     def full_name(self) -> str:
         """The name, safe to print and not to be mistaken for a server's."""
         return f"user {printable(self.name)}"
 
+    def facts(self, field: str) -> tuple[str, ...] | None:
+        """What a rule may match: the values of `user`, `group` or `admin`; None for what the Hub does not show."""
+        return user_facts(self.model, field)
+
     def server(self, name: str) -> Server | None:
         """The server of that name, if there is one."""
         return next((server for server in self.servers if server.name == name), None)
+
+
+def user_facts(model: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
+    """The values of a user's `user`, `group` or `admin`, as facts of Server has it."""
+    shown = model.get({"user": "name", "group": "groups", "admin": "admin"}[field])
+    return None if shown is None else as_texts(shown)
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    """A JSON value, or the values of a list, as texts that a glob can match."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(each if isinstance(each, str) else str(each).lower() for each in values)
 
 
 def read_user(model: object) -> User:
@@ -234,11 +274,11 @@ def read_user(model: object) -> User:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
         doubt = doubt or "the Hub does not say whether it is an admin"
-    return User(model["name"], admin is not False, created, last_activity, read_servers(model), doubt)
+    return User(model["name"], admin is not False, created, last_activity, read_servers(model), doubt, model)
 
 
 def read_servers(model: object) -> list[Server]:
-    """Turn the servers in a user model into values: all that a pass without --cull-users needs. Raises as read_user."""
+    """Turn the servers in a user model into values, all that a pass needs that leaves users alone. As read_user."""
     model = named(model)
     name, servers = model["name"], model.get("servers")
     if isinstance(servers, dict):
@@ -251,7 +291,8 @@ def read_servers(model: object) -> list[Server]:
         # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
         running = model["server"] or model.get("pending")
         return [read_server(name, "", {"url": model["server"]}, model)] if running else []
-    return [Server(name, "", False, "", None, None, "its servers are not shown: that takes the scope read:servers")]
+    doubt = "its servers are not shown: that takes the scope read:servers"
+    return [Server(name, "", False, "", None, None, doubt, {}, model)]
 
 
 def named(model: object) -> dict[str, Any]:
@@ -264,10 +305,11 @@ def named(model: object) -> dict[str, Any]:
 def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
     """Turn a server model, with the user model around it, into values."""
     if not isinstance(model, dict):
-        return Server(user, name, False, "", None, None, "its model is not a JSON object")
+        return Server(user, name, False, "", None, None, "its model is not a JSON object", {}, user_model)
     if "ready" not in model and "pending" not in model and "last_activity" not in model:
         # JupyterHub 0.6 to 0.8: `url` is set once the server is ready, and all else is said of the user only.
         model = {
+            **model,
             "ready": bool(model.get("url")),
             "pending": user_model.get("pending"),
             "last_activity": user_model.get("last_activity"),
@@ -282,33 +324,48 @@ def read_server(user: str, name: str, model: object, user_model: Mapping[str, ob
         elif not isinstance(ready, bool):
             doubt = "ready is neither true nor false"
     except ValueError as error:
-        return Server(user, name, False, "", None, None, f"started or last_activity: {error}")
+        return Server(user, name, False, "", None, None, f"started or last_activity: {error}", model, user_model)
     except KeyError as key:
-        return Server(user, name, False, "", None, None, f"{key.args[0]} is missing")
-    return Server(user, name, ready is True, str(pending) if pending else "", started, last_activity, doubt)
+        return Server(user, name, False, "", None, None, f"{key.args[0]} is missing", model, user_model)
+    pending = str(pending) if pending else ""
+    return Server(user, name, ready is True, pending, started, last_activity, doubt, model, user_model)
 
 
 # ---- Decisions: pure, from a model, a policy and the Hub's clock
 
 
-class Policy(NamedTuple):
-    """What is due. A limit of None is never reached."""
+class Limit(NamedTuple):
+    """A duration from which on something is due, and where it comes from."""
 
-    timeout: timedelta | None
-    max_age: timedelta | None
-    default_servers: bool
-    named_servers: bool
-    admins: bool
+    duration: timedelta  # NEVER for none
+    source: str = ""  # " by rule …"; empty for an option
+
+    def __str__(self) -> str:
+        limit = "no limit" if self.duration == NEVER else f"limit {format_duration(self.duration)}"
+        return limit + self.source
+
+
+class Policy(NamedTuple):
+    """What is due of servers, or of users."""
+
+    timeout: Limit
+    max_age: Limit
+    default_servers: bool = True
+    named_servers: bool = True
+    admins: bool = True
+    kept_by: str = ""  # the rule that keeps it, whatever the limits
+    arbiter: Arbiter | None = None  # decides about servers in place of the timeout
 
 
 class Verdict(NamedTuple):
     """Whether to cull, and why."""
 
     cull: bool
-    because: str  # "idle" or "age" where a duration decided, else the reason in words
+    because: str  # "idle" or "age" where a limit decided, else the reason in words
     idle: timedelta | None = None
     age: timedelta | None = None
-    limit: timedelta | None = None
+    limit: Limit | None = None
+    doubt: bool = False  # it is kept only because something is not understood
 
     @property
     def reason(self) -> str:
@@ -316,8 +373,7 @@ class Verdict(NamedTuple):
         measured = {"idle": self.idle, "age": self.age}.get(self.because)
         if measured is None:
             return self.because
-        limit = "no limit" if self.limit is None else f"limit {format_duration(self.limit)}"
-        return f"{self.because} {format_duration(measured, units=2)}, {limit}"
+        return f"{self.because} {format_duration(measured, units=2)}, {self.limit}"
 
 
 def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
@@ -325,9 +381,9 @@ def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime
     # `now` is cut to whole seconds, so what is active at this moment seems to be so in the future.
     idle = now - active if active < now else ZERO
     age = None if born is None else max(now - born, ZERO)
-    if policy.timeout is not None and idle >= policy.timeout:
+    if idle >= policy.timeout.duration and not policy.arbiter:
         return Verdict(True, "idle", idle, age, policy.timeout)
-    if policy.max_age is not None and age is not None and age >= policy.max_age:
+    if age is not None and age >= policy.max_age.duration:
         return Verdict(True, "age", idle, age, policy.max_age)
     return Verdict(False, "idle", idle, age, policy.timeout)
 
@@ -335,7 +391,7 @@ def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
-        return Verdict(False, server.doubt)
+        return Verdict(False, server.doubt, doubt=True)
     verdict = weigh(server.last_activity, server.started, policy, now)
     if server.pending:
         return verdict._replace(cull=False, because=f"pending {shorten(server.pending, 20)}")
@@ -345,17 +401,213 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
         return verdict._replace(cull=False, because="named servers are not culled")
     if not server.name and not policy.default_servers:
         return verdict._replace(cull=False, because="default servers are not culled")
+    if policy.kept_by:
+        return verdict._replace(cull=False, because=policy.kept_by)
+    if policy.arbiter and not verdict.cull:
+        return arbitrate(server, verdict, policy.timeout.duration, policy.arbiter)
     return verdict
 
 
 def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a user is to be deleted, its servers left aside. In doubt it is kept."""
     if user.doubt or user.last_activity is None:
-        return Verdict(False, user.doubt)
+        return Verdict(False, user.doubt, doubt=True)
     verdict = weigh(user.last_activity, user.created, policy, now)
     if user.admin and not policy.admins:
         return verdict._replace(cull=False, because="admins are not deleted")
+    if policy.kept_by:
+        return verdict._replace(cull=False, because=policy.kept_by)
     return verdict
+
+
+# ---- An arbiter: a decision of the administrator's own
+
+
+class Arbiter(NamedTuple):
+    """A function that says whether to cull a server; plain or async, it gets those of ARGUMENTS that it takes."""
+
+    function: Callable[..., object]
+    arguments: frozenset[str]
+
+    def __call__(self, **arguments: object) -> bool:
+        """Ask it. Raises whatever it raises."""
+        import asyncio
+        import inspect
+
+        answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
+        if inspect.isawaitable(answer):
+            answer = asyncio.run(awaited(answer))
+        return bool(answer)
+
+
+async def awaited(awaitable: Awaitable[object]) -> object:
+    """Wait for any awaitable: asyncio.run takes coroutines only."""
+    return await awaitable
+
+
+ARBITER_ARGUMENTS = frozenset(("inactive", "inactive_limit", "server", "user"))
+
+
+def load_arbiter(name: str) -> Arbiter:
+    """Load `MODULE:FUNC` or `FILE.py:FUNC`. Raises ValueError, with a sentence, for what cannot be used."""
+    import importlib
+    import importlib.util
+    import inspect
+
+    source, _, function_name = name.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            # jupyterhub-idle-culler's config files end in `c.IdleCuller.cull_arbiter_hook = …`
+            vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(source)
+        function = getattr(module, function_name)
+        parameters = inspect.signature(function).parameters
+    except Exception as error:  # whatever a module of the administrator's raises
+        raise ValueError(f"{name!r} cannot be loaded: {type(error).__name__}: {shorten(str(error))}.") from None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return Arbiter(function, ARBITER_ARGUMENTS)
+    if unknown := [n for n, p in parameters.items() if p.default is p.empty and n not in ARBITER_ARGUMENTS]:
+        raise ValueError(f"{name!r} wants {unknown[0]!r}, and is given only {', '.join(sorted(ARBITER_ARGUMENTS))}.")
+    return Arbiter(function, ARBITER_ARGUMENTS & parameters.keys())
+
+
+def arbitrate(server: Server, verdict: Verdict, limit: timedelta, arbiter: Arbiter) -> Verdict:
+    """Let the arbiter decide about a server that no other limit makes due. One that fails keeps it."""
+    try:
+        cull = arbiter(
+            inactive=verdict.idle, inactive_limit=limit.total_seconds(), server=server.model, user=server.user_model
+        )
+    except Exception as error:  # whatever a function of the administrator's raises
+        why = f"the arbiter failed: {type(error).__name__}: {shorten(str(error))}"
+        return verdict._replace(because=why, doubt=True)
+    idle = "" if verdict.idle is None else f", idle {format_duration(verdict.idle, units=2)}"
+    return verdict._replace(cull=cull, because=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
+
+
+# ---- Rules: exceptions for some servers and users
+
+MATCHES = ("user", "group", "server", "admin", "option.KEY", "state.KEY")
+SERVER_MATCHES = ("server", "option", "state")
+RULE_HELP = f"write matches ({', '.join(f'{name}=' for name in MATCHES)}) and settings (timeout=, max-age=, keep)"
+
+
+class Rule(NamedTuple):
+    """An exception: all matches must hold for it to apply. What it does not set comes from the options."""
+
+    text: str
+    matches: tuple[tuple[str, re.Pattern[str]], ...]  # of fields, as facts of Server has them
+    timeout: timedelta | None
+    max_age: timedelta | None
+    keep: bool
+
+
+def parse_rule(text: str) -> Rule:
+    """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError, with a sentence that names the wrong word."""
+    import fnmatch
+    import shlex
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{shorten(text)!r}: {error}.") from None
+    matches: list[tuple[str, re.Pattern[str]]] = []
+    limits: dict[str, timedelta] = {}
+    keep = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("max_age", "max-age")
+        kind, dot, key = name.partition(".")
+        if word == "keep":
+            keep = True
+        elif equals and name in ("timeout", "max-age") and name not in limits:
+            try:
+                limits[name] = NEVER if value.strip().lower() == "never" else parse_duration(value)
+            except ValueError as error:
+                raise ValueError(f"{shorten(word)!r}: {error}") from None
+        elif equals and (
+            (kind in ("user", "group", "server") and not dot)
+            or (kind in ("option", "state") and key)
+            or (name == "admin" and value in ("true", "false"))
+        ):
+            matches.append((name, re.compile(fnmatch.translate(value))))
+        else:
+            raise ValueError(f"{shorten(word)!r} in {shorten(text)!r} is not understood: {RULE_HELP}.")
+    if keep == bool(limits):
+        raise ValueError(f"{shorten(text)!r} needs timeout= or max-age=, or keep in their place: {RULE_HELP}.")
+    return Rule(printable(text), tuple(matches), limits.get("timeout"), limits.get("max-age"), keep)
+
+
+class Policies:
+    """Which policy applies: that of the first rule that fits, or that of the options.
+
+    For each field that rules match, the rules that its value fits are a set of bits, remembered by the value but for
+    names of users: most servers share all else.
+    """
+
+    def __init__(self, rules: Sequence[Rule], servers: Policy, users: Policy) -> None:
+        self._rules = rules
+        self._servers = [*(by_rule(number, rule, servers) for number, rule in enumerate(rules, 1)), servers]
+        self._users = [
+            *(by_rule(number, rule, users) if rule.keep else users for number, rule in enumerate(rules, 1)),
+            users,
+        ]
+        self._globs: dict[str, list[tuple[int, re.Pattern[str]]]] = {}
+        self._all = self._of_users = (1 << len(rules) + 1) - 1
+        for number, rule in enumerate(rules):
+            for field, glob in rule.matches:
+                self._globs.setdefault(field, []).append((1 << number, glob))
+                if field.partition(".")[0] in SERVER_MATCHES:
+                    self._of_users &= ~(1 << number)
+        self._fields = list(self._globs)
+        self._user_fields = [field for field in self._fields if field.partition(".")[0] not in SERVER_MATCHES]
+        self._remembered = lru_cache(maxsize=10_000)(self._find_fitting)
+
+    def of_server(self, server: Server) -> Policy:
+        """The policy for a server. Raises UnreadableError."""
+        return self._servers[self._first(server, self._fields, self._all)] if self._rules else self._servers[0]
+
+    def of_user(self, user: User) -> Policy:
+        """The policy for a user: only rules that match nothing of a server apply. Raises UnreadableError."""
+        return self._users[self._first(user, self._user_fields, self._of_users)] if self._rules else self._users[0]
+
+    def _first(self, target: Server | User, fields: Sequence[str], fitting: int) -> int:
+        for field in fields:
+            values = target.facts(field)
+            if values is None:
+                raise UnreadableError(
+                    f"a rule matches {field}=, which the Hub does not show of {target.full_name};"
+                    f" that takes the scope {scope_for(field)}, or a newer Hub"
+                )
+            fitting &= self._find_fitting(field, values) if field == "user" else self._remembered(field, values)
+        return (fitting & -fitting).bit_length() - 1
+
+    def _find_fitting(self, field: str, values: tuple[str, ...]) -> int:
+        fitting = self._all
+        for bit, glob in self._globs[field]:
+            if not any(map(glob.match, values)):
+                fitting &= ~bit
+        return fitting
+
+
+def by_rule(number: int, rule: Rule, policy: Policy) -> Policy:
+    """The policy that a rule makes of the options' one."""
+    name = f"rule {number}: {rule.text}"
+    if rule.keep:
+        return policy._replace(timeout=Limit(NEVER), max_age=Limit(NEVER), kept_by=name)
+    return policy._replace(
+        timeout=policy.timeout if rule.timeout is None else Limit(rule.timeout, f" by {name}"),
+        max_age=policy.max_age if rule.max_age is None else Limit(rule.max_age or NEVER, f" by {name}"),
+    )
+
+
+def scope_for(field: str) -> str:
+    """The scope that shows the token what a rule matches."""
+    scopes = {"group": "read:users:groups", "state": "admin:server_state", "option": "read:servers"}
+    return scopes.get(field.partition(".")[0], "list:users")
 
 
 # ---- The Hub
@@ -363,6 +615,7 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 READ_SIZE = 1 << 16  # bytes
 LARGEST_BODY = 1 << 28  # bytes; the list of half a million users, from a Hub that knows no pages
 NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
+NO_TLS = "a Hub with internal_ssl wants --ssl-enabled and its --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
 NO_TOKEN = (
     "the token must be of this Hub, not expired, and its owner have a role or, before JupyterHub 2.0, be an admin"
 )
@@ -471,6 +724,14 @@ def punctual_adapter() -> requests.adapters.HTTPAdapter:
     return adapter
 
 
+class ClientTLS(NamedTuple):
+    """The certificates, as paths, with which a Hub with internal_ssl and its clients know each other."""
+
+    key: str
+    cert: str
+    ca: str
+
+
 class Identity(NamedTuple):
     """Whose a token is, and what it may do."""
 
@@ -487,7 +748,7 @@ class Hub:
     requests.Session, which would follow redirects, keep cookies and look into .netrc.
     """
 
-    def __init__(self, url: str, token: str, request_timeout: timedelta) -> None:
+    def __init__(self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None) -> None:
         self.url = url
         self._headers = {
             "Authorization": f"token {token}",
@@ -495,6 +756,7 @@ class Hub:
             "User-Agent": f"cull_idle/{__version__}",
         }
         self._timeout = request_timeout
+        self._tls = tls
         self._thread = threading.local()
         self._adapters: list[requests.adapters.HTTPAdapter] = []
 
@@ -604,7 +866,8 @@ class Hub:
         """What $REQUESTS_CA_BUNDLE and, because a proxy for plain HTTP would see the token, just $HTTPS_PROXY say."""
         import requests
 
-        transport = requests.Session().merge_environment_settings(self.url, {}, None, None, None)
+        verify, cert = (self._tls.ca, (self._tls.cert, self._tls.key)) if self._tls else (None, None)
+        transport = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
         return transport if self.url.startswith("https:") else {**transport, "proxies": {}}
 
 
@@ -642,7 +905,8 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
     if caused_by(requests.exceptions.ProxyError):
         return TryAgain(f"{where} is not reached through the proxy of $HTTPS_PROXY ({type(causes[-1]).__name__})")
     if caused_by(requests.exceptions.SSLError, urllib3.exceptions.SSLError):
-        return HubError(f"{where}: TLS failed: {shorten(str(causes[-1]))}")
+        why = shorten(str(causes[-1]))
+        return HubError(f"{where}: TLS failed: {why}; {NO_TLS}")
     if caused_by(urllib3.exceptions.NameResolutionError):
         return TryAgain(f"{where}: its host name does not resolve; is --url right?")
     if caused_by(ConnectionRefusedError):
@@ -651,7 +915,8 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
         return HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
     if caused_by(requests.ConnectionError, urllib3.exceptions.ProtocolError):
         return TryAgain(
-            f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
+            f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__});"
+            " if it never comes, is it http: or https:?"
         )
     return HubError(f"{where} cannot be asked: {shorten(str(causes[-1]))}")
 
@@ -666,6 +931,7 @@ def role_for(settings: Settings, identity: Identity | None) -> str:
     scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers"]
     if settings.cull_users:
         scopes.append("admin:users")
+    scopes += [scope for scope in settings.rule_scopes if scope not in scopes]
     kind, name = (identity.kind, identity.name) if identity else ("service", "cull-idle")
     role = {"name": "cull-idle", "scopes": scopes, f"{kind}s": [name]}
     return f"c.JupyterHub.load_roles.append({json.dumps(role)})"
@@ -674,6 +940,7 @@ def role_for(settings: Settings, identity: Identity | None) -> str:
 def check_scopes(identity: Identity, settings: Settings) -> None:
     """Raise HubError, with the role that would help, if the token may not do what these settings need."""
     needed = ["list:users", "read:servers"]
+    needed += [scope for scope in settings.rule_scopes if scope not in needed]
     if not settings.dry_run:
         needed.append("delete:servers")
         if settings.cull_users and "delete:users" not in identity.scopes:
@@ -715,7 +982,7 @@ class Scan:
 
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
-        server_policy, user_policy = self.settings.server_policy, self.settings.user_policy
+        policies = self.settings.policies
         verbose = log.isEnabledFor(logging.DEBUG)
         self.clock = page.now, time.monotonic()
         for model in page.models:
@@ -728,16 +995,16 @@ class Scan:
             self.listed += 1
             staying = 0
             for server in servers:
-                verdict = judge_server(server, server_policy, page.now)
+                verdict = judge_server(server, policies.of_server(server), page.now)
                 self.running += server.ready
                 if verdict.cull:
                     self.servers.setdefault((server.user, server.name), Due(server, verdict))
                 else:
                     staying += 1
-                    if verbose or server.doubt:
+                    if verbose or verdict.doubt:
                         self._keep(Due(server, verdict))
             if user and not staying:
-                verdict = judge_user(user, user_policy, page.now)
+                verdict = judge_user(user, policies.of_user(user), page.now)
                 if verdict.cull:
                     self.users.setdefault(user.name, Due(user, verdict))
                 else:
@@ -752,8 +1019,8 @@ class Scan:
         return min(now, then + timedelta(seconds=time.monotonic() - at))
 
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
-        if kept.target.doubt:
-            self._doubt(kept.target.full_name, kept.target.doubt)
+        if kept.verdict.doubt:
+            self._doubt(kept.target.full_name, kept.verdict.reason)
         if not self.settings.dry_run:
             log.debug("kept %s: %s", kept.target.full_name, kept.verdict.reason)
         elif self.settings.level == "debug":
@@ -932,7 +1199,7 @@ class Culling:
             return Event(server, Outcome.STOPPING, "the Hub is stopping it already")
         if fresh.started != server.started:
             return Event(server, Outcome.SPARED, "it was started anew")
-        verdict = judge_server(fresh, self.scan.settings.server_policy, self.scan.not_after(now))
+        verdict = judge_server(fresh, self.scan.settings.policies.of_server(fresh), self.scan.not_after(now))
         return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict))
 
     def _delete_user(self, due: Due[User]) -> Event | None:
@@ -967,7 +1234,7 @@ class Culling:
         before, stopped = self.looks.get(user.name), self.stops.get(user.name)
         if before and stopped and fresh.last_activity and fresh.last_activity < stopped:
             fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
-        verdict = judge_user(fresh, self.scan.settings.user_policy, self.scan.not_after(now))
+        verdict = judge_user(fresh, self.scan.settings.policies.of_user(fresh), self.scan.not_after(now))
         return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict))
 
     def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
@@ -1068,22 +1335,21 @@ class Culler:
         began = time.monotonic()
         result = PassResult()
         try:
-            with Hub(self.settings.url, read_token(self.settings.token_file), self.settings.request_timeout) as hub:
+            settings = self.settings
+            with Hub(settings.url, read_token(settings.token_file), settings.request_timeout, settings.tls) as hub:
                 self._check_scopes(hub)
-                scan = scan_hub(hub, self.settings, self.stop)
+                scan = scan_hub(hub, settings, self.stop)
                 result.running = scan.running
                 if scan.error:
                     result.errors.append(scan.error)
                 if scan.doubts:
-                    log.warning(
-                        "kept %d that the Hub describes unclearly; the first: %s", scan.doubts, scan.first_doubt
-                    )
-                if self.settings.dry_run:
+                    log.warning("kept %d in doubt; the first: %s", scan.doubts, scan.first_doubt)
+                if settings.dry_run:
                     show_plan(scan)
                 else:
                     result.due = len(scan.servers) + len(scan.users)
-                    if self.settings.max_culls:
-                        self.settings.max_culls.check(scan)
+                    if settings.max_culls:
+                        settings.max_culls.check(scan)
                     for event in Culling(hub, scan, self.stop).events():
                         log.log(event.level, "%s", event)
                         result.count(event)
@@ -1175,7 +1441,7 @@ def show_plan(scan: Scan) -> None:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for name, idle, age, would_be in table:
             click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
-    users = f", {len(scan.users)} users deleted" if scan.settings.cull_users else ""
+    users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if scan.settings.cull_users else ""
     click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
     if scan.settings.max_culls:
         try:
@@ -1203,8 +1469,10 @@ def duration(*, least: timedelta = ZERO, most: timedelta = timedelta.max, never:
     """Attributes of an option that is a duration within these bounds, or perhaps `never`."""
 
     def convert(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
-        if value is None or (never and value.strip().lower() == "never"):
+        if value is None:
             return None
+        if never and value.strip().lower() == "never":
+            return NEVER
         try:
             number = parse_duration(value)
         except ValueError as error:
@@ -1230,6 +1498,48 @@ def fuse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Fus
     return Fuse(float(match[1] or match[2]), percent=bool(match[1]))
 
 
+def read_rules(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> tuple[Rule, ...]:
+    """Read all rules."""
+    try:
+        return tuple(map(parse_rule, values))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def read_arbiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Arbiter | None:
+    """Load an arbiter."""
+    try:
+        return load_arbiter(value) if value else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def option_name(field: str) -> str:
+    """The name of an option, from that of its field."""
+    return field.replace("_", "-")
+
+
+def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Take defaults from a TOML file whose keys are the names of options."""
+    import tomllib
+
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
+    except ValueError as error:
+        raise click.BadParameter(f"{path} is not TOML: {shorten(str(error))}.", ctx, param) from None
+    names = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("callback") is not read_config}
+    ctx.default_map = {name.replace("-", "_"): value for name, value in values.items()}
+    if unknown := [name for name in values if name.replace("-", "_") not in names]:
+        raise click.BadParameter(f"{path} has a key {shorten(unknown[0], 40)!r}, which is no option.", ctx, param)
+    if wrong := [n for n, v in values.items() if isinstance(v, dict) or (isinstance(v, list) and n != "rule")]:
+        raise click.BadParameter(f"{path}: {wrong[0]} must be one value, not a table or a list.", ctx, param)
+    return path
+
+
 def hub_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     """Check a URL as far as that is possible without asking it."""
     try:
@@ -1250,6 +1560,13 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, heading: str, **attrs: Any) -> None:
         super().__init__(*args, **attrs)
         self.heading = heading
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """Several values in one variable are separated by semicolons: rules have spaces in them."""
+        value = self.resolve_envvar_value(ctx)
+        if value and self.multiple:
+            return [part for part in value.split(";") if part.strip()]
+        return super().value_from_envvar(ctx)
 
 
 class GroupedCommand(click.Command):
@@ -1285,13 +1602,13 @@ WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
 class Settings:
     """Everything that the command line, the environment and the defaults decide."""
 
-    timeout: timedelta | None = option(
+    timeout: timedelta = option(
         WHAT,
         "Stop servers idle for at least this long; 0 stops every ready server.",
         **duration(never=True),
         default="10m",
     )
-    max_age: timedelta | None = option(
+    max_age: timedelta = option(
         WHAT,
         "Stop servers that started at least this long ago, even active ones; 0 is never.",
         **duration(never=True),
@@ -1302,6 +1619,29 @@ class Settings:
     remove_named_servers: bool = boolean(WHAT, "Also remove a named server once it is stopped.", "false")
     cull_users: bool = boolean(WHAT, "Also delete idle users none of whose servers still run.", "false")
     cull_admin_users: bool = boolean(WHAT, "Let --cull-users delete admins too.", "true")
+    user_timeout: timedelta | None = option(
+        WHAT,
+        "Idle time after which --cull-users deletes a user.  [default: --timeout]",
+        **duration(never=True),
+    )
+    user_max_age: timedelta | None = option(
+        WHAT, "Age after which --cull-users deletes a user; 0 is never.  [default: --max-age]", **duration(never=True)
+    )
+    rule: tuple[Rule, ...] = option(
+        WHAT,
+        f"An exception, such as 'group=gpu timeout=30m' or 'user=svc-* keep'; may be repeated, the first that fits"
+        f" applies. Globs match {', '.join(MATCHES)}.",
+        multiple=True,
+        callback=read_rules,
+        metavar="RULE",
+    )
+    arbiter: Arbiter | None = option(
+        WHAT,
+        "Your own decision in place of --timeout: a function that takes inactive, inactive_limit, server and user, or"
+        " some of them, and returns whether to cull.",
+        callback=read_arbiter,
+        metavar="MODULE:FUNC|FILE.py:FUNC",
+    )
     max_culls: Fuse | None = option(
         WHAT,
         "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
@@ -1352,6 +1692,15 @@ class Settings:
         default="1m",
     )
 
+    ssl_enabled: bool = boolean(HUB, "Use the client certificates of a Hub with internal_ssl.", "false")
+    internal_certs_location: Path = option(
+        HUB,
+        "The Hub's folder of these; $JUPYTERHUB_SSL_KEYFILE, …CERTFILE and …CLIENT_CA come first, if set.",
+        type=click.Path(path_type=Path),
+        default="internal-ssl",
+        metavar="DIR",
+    )
+
     verbose: bool = option(OUTPUT, "Say also what is kept, and why.", "-v", is_flag=True, show_default=False)
     quiet: bool = option(OUTPUT, "Say nothing unless something failed.", "-q", is_flag=True, show_default=False)
     log_level: str | None = option(
@@ -1359,6 +1708,15 @@ class Settings:
         "Say exactly this much.  [default: info]",
         type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
         metavar="LEVEL",
+    )
+
+    config: Path | None = option(
+        OUTPUT,
+        "Take defaults from a TOML file of these options.",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        callback=read_config,
+        metavar="FILE",
     )
 
     @property
@@ -1369,18 +1727,43 @@ class Settings:
     @property
     def interval(self) -> timedelta:
         """Time between the starts of two passes."""
-        half = (self.timeout or self.max_age or timedelta(minutes=10)) / 2
-        return self.cull_every or min(max(half, timedelta(seconds=1)), LONGEST)
+        limit = self.timeout if ZERO < self.timeout < NEVER else self.max_age if ZERO < self.max_age < NEVER else None
+        return self.cull_every or min(max((limit or timedelta(minutes=10)) / 2, timedelta(seconds=1)), LONGEST)
 
     @cached_property
-    def server_policy(self) -> Policy:
-        """What is due of the servers."""
-        return Policy(self.timeout, self.max_age or None, self.cull_default_servers, self.cull_named_servers, True)
+    def policies(self) -> Policies:
+        """What is due of which server and user."""
+        servers = Policy(
+            Limit(self.timeout),
+            Limit(self.max_age or NEVER),
+            default_servers=self.cull_default_servers,
+            named_servers=self.cull_named_servers,
+            arbiter=self.arbiter,
+        )
+        users = Policy(
+            Limit(self.timeout if self.user_timeout is None else self.user_timeout),
+            Limit((self.max_age if self.user_max_age is None else self.user_max_age) or NEVER),
+            admins=self.cull_admin_users,
+        )
+        return Policies(self.rule, servers, users)
 
-    @cached_property
-    def user_policy(self) -> Policy:
-        """What is due of the users."""
-        return self.server_policy._replace(admins=self.cull_admin_users)
+    @property
+    def rule_scopes(self) -> list[str]:
+        """What rules need to read, beyond what every pass does."""
+        fields = [field.partition(".")[0] for rule in self.rule for field, _ in rule.matches]
+        return [scope_for(field) for field in dict.fromkeys(fields) if field in ("group", "state")]
+
+    @property
+    def tls(self) -> ClientTLS | None:
+        """The client certificates, where the Hub wants some."""
+        by_hub = [os.environ.get(f"JUPYTERHUB_SSL_{name}", "") for name in ("KEYFILE", "CERTFILE", "CLIENT_CA")]
+        if all(by_hub):
+            return ClientTLS(*by_hub)
+        if not self.ssl_enabled:
+            return None
+        of_hub = self.internal_certs_location / "hub-internal" / "hub-internal"
+        ca = self.internal_certs_location / "hub-ca" / "hub-ca.crt"
+        return ClientTLS(f"{of_hub}.key", f"{of_hub}.crt", str(ca))
 
 
 ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity_interval, and some time to do it
@@ -1390,7 +1773,7 @@ def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
     set_up_logging(settings.level)
-    if settings.timeout and settings.timeout < ACTIVITY_INTERVAL:
+    if ZERO < settings.timeout < ACTIVITY_INTERVAL:
         log.warning(
             "--timeout %s may stop servers in use: a Hub refreshes last_activity every 5m by default"
             " (JupyterHub.last_activity_interval); from 5m30s on it is safe",
@@ -1400,12 +1783,37 @@ def run(**values: Any) -> Exit:
         return Culler(settings, stop).run()
 
 
+def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    """Print a TOML file with every option, its default and its help, commented out."""
+    import json
+    import textwrap
+
+    if not wanted:
+        return
+    click.echo(
+        "# Options of cull_idle.py: remove the # in front of a name to set it. The command line and variables win."
+    )
+    for field in dataclasses.fields(Settings):
+        attrs = field.metadata
+        if attrs.get("callback") is read_config:
+            continue
+        click.echo("\n" + "\n".join(f"## {line}" for line in textwrap.wrap(attrs["help"], 100)))
+        default = [] if attrs.get("multiple") else attrs.get("default", False if attrs.get("is_flag") is True else None)
+        if default is None:
+            click.echo(f"## {option_name(field.name)} = …")
+        else:
+            click.echo(
+                f"# {option_name(field.name)} = {default if default in ('true', 'false') else json.dumps(default)}"
+            )
+    ctx.exit()
+
+
 def make_command() -> click.Command:
     """The command line, from the fields of Settings."""
     params: list[click.Parameter] = []
     for field in dataclasses.fields(Settings):
         attrs = dict(field.metadata)
-        names = [f"--{field.name.replace('_', '-')}", *attrs.pop("names")]
+        names = [f"--{option_name(field.name)}", *attrs.pop("names")]
         variables = [f"CULL_IDLE_{field.name.upper()}", *attrs.pop("envvar", [])]
         params.append(GroupedOption(names, envvar=variables, **attrs))
     command = GroupedCommand(
@@ -1418,18 +1826,29 @@ def make_command() -> click.Command:
         " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
         context_settings={
             "help_option_names": ["-h", "--help"],
-            "token_normalize_func": lambda name: name.replace("_", "-"),  # as the old scripts wrote them
+            # as the old scripts wrote them, and jupyterhub-idle-culler in full
+            "token_normalize_func": lambda name: name.removeprefix("IdleCuller.").replace("_", "-"),
         },
     )
-    return click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(command)
+    generate = click.option(
+        "--generate-config",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=generate_config,
+        help="Print such a file with every option, its default and its help, commented out, and exit.",
+    )
+    return click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(generate(command))
 
 
-def blame_variable(error: click.ClickException) -> None:
-    """Let the sentence name the environment variable, if the bad value came from one."""
+def blame_source(error: click.ClickException) -> None:
+    """Let the sentence name the environment variable or the file that a bad value came from."""
     if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
         source = error.ctx.get_parameter_source(error.param.name)
         if source is click.core.ParameterSource.ENVIRONMENT:
             error.param_hint = next(f"${name}" for name in error.param.envvar or () if os.environ.get(name))
+        elif source is click.core.ParameterSource.DEFAULT_MAP:
+            error.param_hint = f"{option_name(error.param.name)} in {error.ctx.params.get('config')}"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -1438,7 +1857,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return int(make_command().main(args, PROGRAM, standalone_mode=False))
     except click.ClickException as error:
-        blame_variable(error)
+        blame_source(error)
         click.echo(f"{PROGRAM}: {error.format_message()}", err=True)
         return Exit.USAGE
     except CullError as error:

@@ -824,11 +824,13 @@ class BulkHub(ScriptedHub):
         idle: float = 0.0,
         stop_seconds: float = 0.0,
         coming_back: int = 0,
+        groups: Sequence[str] = (),
         token: str = "scripted-token",
         port: int = 0,
     ) -> None:
         super().__init__(token, port)
-        self.scopes = [*LEAST_SCOPES, "admin:users", "delete:users"]
+        self.scopes = [*LEAST_SCOPES, "admin:users", "delete:users", *(["read:users:groups"] if groups else [])]
+        self.groups = groups
         self.recording = False
         self.count = count
         self.idle = idle
@@ -865,8 +867,9 @@ class BulkHub(ScriptedHub):
         return (self._yesterday if index in self.due else minute) + rest, self._yesterday + rest
 
     def _make_template(self) -> str:
-        server = FakeServer("", last_activity="SEEN", started="STARTED")
-        user = FakeUser("NAME", last_activity="SEEN", servers={"": server})
+        options = {"profile": "small"} if self.groups else {}
+        server = FakeServer("", last_activity="SEEN", started="STARTED", user_options=options)
+        user = FakeUser("NAME", last_activity="SEEN", servers={"": server}, groups=list(self.groups))
         text = json.dumps(user_model(user, self.scopes)).replace("%", "%%")
         for word in ("NAME", "SEEN", "STARTED"):
             text = text.replace(word, f"%({word})s")
@@ -942,6 +945,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option("--coming-back", 0, "due users who are active once all is read", metavar="K")
     option("--page-max", 200, "the most users on a page")
     option("--port", 0, "0 for a free one")
+    parser.add_argument("--groups", default="", help="which every user is in; servers then have a profile, too")
     parser.add_argument("--token", default="scripted-token", help="(%(default)s)")
     options = parser.parse_args(arguments)
     due = options.due or (options.servers if options.coming_back else 0)
@@ -954,6 +958,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         idle=options.idle,
         stop_seconds=options.stop_seconds,
         coming_back=options.coming_back,
+        groups=options.groups.split(",") if options.groups else (),
         token=options.token,
         port=options.port,
     )

@@ -7,22 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cull_idle import Policy, Server, User, judge_server, judge_user
+from cull_idle import NEVER, Limit, Policy, Server, User, judge_server, judge_user
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
-POLICY = Policy(timeout=HOUR, max_age=None, default_servers=True, named_servers=True, admins=True)
+POLICY = Policy(timeout=Limit(HOUR), max_age=Limit(NEVER))
 
 
 def server(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> Server:
     started = None if age is None else NOW - age
-    return Server("ann", "", True, "", started, NOW - idle, "")._replace(**fields)
+    return Server("ann", "", True, "", started, NOW - idle, "", {}, {})._replace(**fields)
 
 
 def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> User:
     created = None if age is None else NOW - age
-    return User("ann", False, created, NOW - idle, [], "")._replace(**fields)
+    return User("ann", False, created, NOW - idle, [], "", {})._replace(**fields)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields:
         (HOUR, 3 * HOUR, {}, True, "idle 1h, limit 1h"),
         (HOUR - SECOND, 3 * HOUR, {}, False, "idle 59m59s, limit 1h"),
         (2 * HOUR, None, {}, True, "idle 2h, limit 1h"),
-        (2 * HOUR, 3 * HOUR, {"timeout": None}, False, "idle 2h, no limit"),
-        (SECOND, 3 * HOUR, {"timeout": None, "max_age": 3 * HOUR}, True, "age 3h, limit 3h"),
+        (2 * HOUR, 3 * HOUR, {"timeout": NEVER}, False, "idle 2h, no limit"),
+        (SECOND, 3 * HOUR, {"timeout": NEVER, "max_age": 3 * HOUR}, True, "age 3h, limit 3h"),
         (SECOND, 3 * HOUR, {"max_age": 3 * HOUR}, True, "age 3h, limit 3h"),
         (SECOND, 3 * HOUR - SECOND, {"max_age": 3 * HOUR}, False, "idle 1s, limit 1h"),
         (SECOND, None, {"max_age": 3 * HOUR}, False, "idle 1s, limit 1h"),
@@ -46,9 +46,11 @@ def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields:
 def test_the_limits_decide_about_servers_and_users_alike(
     idle: timedelta, age: timedelta | None, policy: dict[str, Any], cull: bool, reason: str
 ) -> None:
+    limits: dict[str, Any] = {name: Limit(duration) for name, duration in policy.items()}
+    limited = POLICY._replace(**limits)
     for verdict in (
-        judge_server(server(idle, age), POLICY._replace(**policy), NOW),
-        judge_user(user(idle, age), POLICY._replace(**policy), NOW),
+        judge_server(server(idle, age), limited, NOW),
+        judge_user(user(idle, age), limited, NOW),
     ):
         assert (verdict.cull, verdict.reason) == (cull, reason)
 
@@ -85,7 +87,7 @@ def test_an_admin_is_kept_where_admins_are_not_deleted() -> None:
 
 
 def test_an_admin_is_kept_also_beyond_the_maximum_age() -> None:
-    policy = POLICY._replace(admins=False, max_age=HOUR)
+    policy = POLICY._replace(admins=False, max_age=Limit(HOUR))
     assert not judge_user(user(idle=SECOND, admin=True), policy, NOW).cull
 
 
@@ -94,12 +96,14 @@ def test_a_user_in_doubt_is_kept() -> None:
 
 
 DURATIONS = st.timedeltas(timedelta(days=-400), timedelta(days=400))
-LIMITS = st.none() | st.timedeltas(timedelta(0), timedelta(days=400))
+LIMITS = st.builds(Limit, st.just(NEVER) | st.timedeltas(timedelta(0), timedelta(days=400)))
 
 
 @given(
     st.builds(server, DURATIONS, st.none() | DURATIONS, ready=st.booleans(), pending=st.sampled_from(["", "stop"])),
-    st.builds(Policy, LIMITS, LIMITS, st.booleans(), st.booleans(), st.booleans()),
+    st.builds(
+        Policy, LIMITS, LIMITS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["", "rule 1"]), st.none()
+    ),
 )
 def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(server: Server, policy: Policy) -> None:
     verdict = judge_server(server, policy, NOW)
@@ -107,7 +111,8 @@ def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(serv
         assert server.ready
         assert not server.pending
         assert policy.default_servers
+        assert not policy.kept_by
         assert verdict.limit is not None
         measured = verdict.idle if verdict.because == "idle" else verdict.age
         assert measured is not None
-        assert measured >= verdict.limit
+        assert measured >= verdict.limit.duration

@@ -1,0 +1,139 @@
+"""The arbiter: a decision of the administrator's own."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Cull
+from scripted_hub import ScriptedHub
+
+IDLE = 7230.0
+
+# The example of jupyterhub-idle-culler's documentation, unchanged.
+DOCUMENTED = """
+def my_cull_arbiter(inactive, inactive_limit, server):
+    if server['state']['profile_name'] == 'unlimited':
+        return False
+    return inactive.total_seconds() >= inactive_limit
+c.IdleCuller.cull_arbiter_hook = my_cull_arbiter
+"""
+
+
+@pytest.fixture
+def arbiter(tmp_path: Path) -> Path:
+    return tmp_path / "arbiter.py"
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+def test_the_references_documented_example_works(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, prefix: str
+) -> None:
+    scripted.scopes.append("admin:server_state")
+    arbiter.write_text(DOCUMENTED.replace("def ", f"{prefix}def ", 1))
+    scripted.add("ann", idle=IDLE, extra={"state": {"profile_name": "unlimited"}})
+    scripted.add("bob", idle=IDLE, extra={"state": {"profile_name": "small"}})
+    scripted.add("cat", idle=60, extra={"state": {"profile_name": "small"}})
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:my_cull_arbiter")
+    assert result.exit_code == 0
+    assert scripted.running() == {"ann", "cat"}
+    assert result.lines[0] == "INFO     culled bob: the arbiter says cull, idle 2h"
+
+
+@pytest.mark.parametrize(
+    ("source", "culls"),
+    [
+        ("def f(): return True", True),
+        ("def f(): return 0", False),
+        ("def f(*, user): return user['name'] == 'ann' and user['servers']['']['ready']", True),
+        ("def f(**given): return sorted(given) == ['inactive', 'inactive_limit', 'server', 'user']", True),
+        ("def f(inactive, inactive_limit, extra=7): return inactive.total_seconds() < inactive_limit == 36000", True),
+        ("import asyncio\nasync def f(server):\n    await asyncio.sleep(0)\n    return server['name'] == ''", True),
+        ("class F:\n    def __call__(self, server): return True\nf = F()", True),
+    ],
+)
+def test_an_arbiter_gets_what_its_signature_takes(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, source: str, culls: bool
+) -> None:
+    arbiter.write_text(source)
+    scripted.add("ann", idle=60)
+    assert cull_scripted("--timeout=10h", f"--arbiter={arbiter}:f").exit_code == 0
+    assert scripted.running() == (set() if culls else {"ann"})
+
+
+def test_an_arbiter_in_a_module(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arbiter.with_name("our_arbiter.py").write_text("def f(): return True")
+    monkeypatch.syspath_prepend(arbiter.parent)
+    importlib.invalidate_caches()
+    scripted.add("ann", idle=60)
+    cull_scripted("--timeout=1h", "--arbiter=our_arbiter:f")
+    assert scripted.running() == set()
+    del sys.modules["our_arbiter"]
+
+
+def test_an_exception_keeps_that_server_and_is_reported(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
+) -> None:
+    arbiter.write_text("def f(server): return 1 / (server['user_options']['x'])")
+    scripted.add("ann", idle=IDLE, user_options={"x": 0})
+    scripted.add("bob", idle=IDLE, user_options={"x": 1})
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert result.exit_code == 0
+    assert scripted.running() == {"ann"}
+    warning = "WARNING  kept 1 in doubt; the first: ann: the arbiter failed: ZeroDivisionError: division by zero"
+    assert result.lines[0] == warning
+
+
+def test_an_arbiter_replaces_neither_max_age_nor_the_flags_nor_the_rules(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
+) -> None:
+    arbiter.write_text("def f(user): return user['name'] != 'old'")
+    scripted.add("old", idle=60, age=36_000)
+    scripted.add("ann", "gpu", idle=IDLE)
+    scripted.add("bob", idle=IDLE)
+    scripted.add("pat", idle=IDLE, pending="stop")
+    scripted.add("kim", idle=IDLE)
+    options = ["--max-age=9h", "--cull-named-servers=false", "--rule=user=kim keep"]
+    cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f", *options)
+    assert set(scripted.lines("DELETE")) == {"DELETE /users/old/server", "DELETE /users/bob/server"}
+
+
+def test_the_second_look_asks_the_arbiter_again(cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path) -> None:
+    arbiter.write_text("asked = []\ndef f(): asked.append(1); return len(asked) == 1")
+    scripted.add("ann", idle=IDLE)
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert scripted.running() == {"ann"}
+    assert result.lines[0] == "INFO     spared ann: the arbiter says keep, idle 2h"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "words"),
+    [
+        ("", "f", ["AttributeError", "'f'"]),
+        ("f = 7", "f", ["TypeError"]),
+        ("1/0", "f", ["ZeroDivisionError"]),
+        ("def f(server, mood): return True", "f", ["wants 'mood'", "inactive, inactive_limit, server, user"]),
+        (None, "f", ["No such file"]),
+    ],
+)
+def test_an_arbiter_that_cannot_be_loaded_gets_a_sentence(
+    cull: Cull, arbiter: Path, source: str | None, name: str, words: list[str]
+) -> None:
+    if source is not None:
+        arbiter.write_text(source)
+    result = cull(f"--arbiter={arbiter}:{name}")
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert line.startswith("cull_idle.py: Invalid value for '--arbiter': ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("name", ["nonsense", "no_such_module:f", ":f", "os:", "x.py"])
+def test_an_arbiter_that_is_no_name_gets_a_sentence(cull: Cull, name: str) -> None:
+    result = cull(f"--arbiter={name}")
+    assert result.exit_code == 2
+    assert len(result.lines) == 1
+    assert f"'{name}' cannot be loaded: " in result.err

@@ -1,0 +1,275 @@
+"""Rules: exceptions for some servers and users."""
+
+import re
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from conftest import Cull
+from hub import RealHub
+from scripted_hub import DROP, ScriptedHub, respond, then_do
+
+from cull_idle import NEVER, parse_rule
+
+HOUR = 3600
+IDLE = 2 * HOUR + 30
+
+
+@pytest.mark.parametrize(
+    ("text", "matches", "timeout", "max_age", "keep"),
+    [
+        ("group=gpu timeout=30m", ["group"], timedelta(minutes=30), None, False),
+        ("user=svc-* keep", ["user"], None, None, True),
+        ("server= timeout=never max-age=8h", ["server"], NEVER, timedelta(hours=8), False),
+        ("admin=true option.profile=large state.pod=x max_age=1d", ["admin", "option.profile", "state.pod"], None,
+         timedelta(days=1), False),
+        ("'user=dave smith' keep", ["user"], None, None, True),
+        ('option.display="a b" keep', ["option.display"], None, None, True),
+        ("timeout=1h", [], timedelta(hours=1), None, False),
+        ("group=a group=b keep", ["group", "group"], None, None, True),
+    ],
+)  # fmt: skip
+def test_a_rule_is_matches_and_settings(
+    text: str, matches: list[str], timeout: timedelta | None, max_age: timedelta | None, keep: bool
+) -> None:
+    rule = parse_rule(text)
+    assert [field for field, _ in rule.matches] == matches
+    assert (rule.timeout, rule.max_age, rule.keep) == (timeout, max_age, keep)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "usr=ann keep",
+            ["'usr=ann'", "user=, group=, server=, admin=, option.KEY=, state.KEY=", "timeout=, max-age="],
+        ),
+        ("user=ann kep", ["'kep'", "keep"]),
+        ("user=ann", ["needs timeout= or max-age=, or keep"]),
+        ("", ["needs timeout= or max-age=, or keep"]),
+        ("user=ann timeout=1x", ["'timeout=1x'", "is not a duration"]),
+        ("user=ann keep timeout=1h", ["keep in their place"]),
+        ("user=ann timeout=1h timeout=2h", ["'timeout=2h'"]),
+        ("admin=yes keep", ["'admin=yes'"]),
+        ("option=x keep", ["'option=x'"]),
+        ("option.=x keep", ["'option.=x'"]),
+        ("user.x=y keep", ["'user.x=y'"]),
+        ("'user=ann keep", ["No closing quotation"]),
+    ],
+)
+def test_a_rule_that_is_wrong_gets_a_sentence_that_names_the_word(cull: Cull, text: str, words: list[str]) -> None:
+    result = cull("--rule", text)
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert line.startswith("cull_idle.py: Invalid value for '--rule': ")
+    for word in words:
+        assert word in line
+
+
+def rules(*texts: str) -> list[str]:
+    return [f"--rule={text}" for text in texts]
+
+
+def left(cull: Cull, scripted: ScriptedHub, *texts: str, timeout: str = "1h") -> set[str]:
+    result = cull(f"--timeout={timeout}", *rules(*texts))
+    assert result.exit_code == 0, result.err
+    return scripted.running()
+
+
+@pytest.mark.parametrize(
+    ("texts", "stays"),
+    [
+        (["user=ann keep"], {"ann", "ann/gpu"}),
+        (["user=a* keep"], {"ann", "ann/gpu"}),
+        (["user=[!a]* keep"], {"bob"}),
+        (["user=A* keep"], set()),
+        (["server=gpu keep"], {"ann/gpu"}),
+        (["server= keep"], {"ann", "bob"}),
+        (["server=?* keep"], {"ann/gpu"}),
+        (["group=staff keep"], {"ann", "ann/gpu"}),
+        (["group=st* group=gpu* keep"], {"ann", "ann/gpu"}),
+        (["group=nobody keep"], set()),
+        (["admin=true keep"], {"bob"}),
+        (["admin=false keep"], {"ann", "ann/gpu"}),
+        (["option.profile=large keep"], {"ann/gpu"}),
+        (["option.profile=* keep"], {"ann/gpu"}),
+        (["option.gpus=2 keep"], {"ann/gpu"}),
+        (["option.spot=true keep"], {"ann/gpu"}),
+        (["option.nothing=* keep"], set()),
+        (["state.pod=big-* keep"], {"bob"}),
+        (["user=ann server=gpu keep"], {"ann/gpu"}),
+        (["user=bob server=gpu keep"], set()),
+        (["timeout=never"], {"ann", "ann/gpu", "bob"}),
+        (["user=ann timeout=3h"], {"ann", "ann/gpu"}),
+        (["user=ann timeout=3h max-age=90m"], set()),
+        (["user=ann timeout=1m", "user=ann keep"], set()),
+        (["user=ann keep", "user=ann timeout=1m"], {"ann", "ann/gpu"}),
+    ],
+)
+def test_the_first_rule_whose_matches_all_hold_applies(
+    cull_scripted: Cull, scripted: ScriptedHub, texts: Sequence[str], stays: set[str]
+) -> None:
+    scripted.scopes.append("admin:server_state")
+    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", "gpu", idle=IDLE, user_options={"profile": "large", "gpus": 2, "spot": True})
+    scripted.users["ann"].groups = ["gpu-users", "staff"]
+    scripted.add("bob", idle=IDLE, extra={"state": {"pod": "big-7"}})
+    scripted.users["bob"].admin = True
+    for server in scripted.users["ann"].servers.values():
+        server.extra = {**server.extra, "state": {}}
+    assert left(cull_scripted, scripted, *texts) == stays
+
+
+def test_a_rule_sets_only_what_it_says(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=60, age=9 * HOUR)
+    scripted.add("bob", idle=IDLE, age=9 * HOUR)
+    scripted.add("cat", idle=60, age=HOUR)
+    cull_scripted("--timeout=1h", "--max-age=8h", *rules("user=* timeout=3h"))
+    assert scripted.running() == {"cat"}
+
+
+def test_a_rule_can_stop_what_the_options_would_keep(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=31 * 60)
+    scripted.users["ann"].groups = ["gpu"]
+    scripted.add("bob", idle=31 * 60)
+    result = cull_scripted("--timeout=1h", *rules("group=gpu timeout=30m"))
+    assert scripted.running() == {"bob"}
+    assert re.fullmatch(
+        r"INFO     culled ann: idle 3\dm\w*, limit 30m by rule 1: group=gpu timeout=30m", result.lines[0]
+    )
+
+
+def test_the_dry_run_names_the_rule_that_decided(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=31 * 60)
+    scripted.add("bob", idle=HOUR)
+    result = cull_scripted("--dry-run", "-v", "--timeout=2h", *rules("user=bob keep", "user=a* timeout=30m"))
+    assert re.search(r"stopped: idle 3\dm\w*, limit 30m by rule 2: user=a\* timeout=30m", result.out)
+    assert "kept: rule 1: user=bob keep" in result.out
+
+
+def test_the_second_look_obeys_the_rules_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=IDLE)
+    scripted.fault("GET", "/users/ann", then_do(lambda: setattr(scripted.users["ann"], "groups", ["staff"])))
+    result = cull_scripted("--timeout=1h", *rules("group=staff keep"))
+    assert scripted.running() == {"ann"}
+    assert result.lines[0] == "INFO     spared ann: rule 1: group=staff keep"
+
+
+def test_a_keep_rule_protects_the_user_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add_user("svc-1", idle=IDLE)
+    scripted.add_user("ann", idle=IDLE)
+    scripted.add_user("bob", idle=IDLE)
+    scripted.add("bob", "gpu", idle=IDLE, user_idle=IDLE)
+    result = cull_scripted("--timeout=1h", "--cull-users", *rules("user=svc-* keep", "server=gpu keep"))
+    assert set(scripted.users) == {"svc-1", "bob"}
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        ([], set()),
+        (["--user-timeout=3h"], {"ann"}),
+        (["--user-timeout=never"], {"ann"}),
+        (["--user-timeout=never", "--user-max-age=2h"], set()),
+        (["--user-timeout=never", "--max-age=2h"], set()),
+        (["--user-timeout=never", "--max-age=2h", "--user-max-age=0"], {"ann"}),
+        (["--user-timeout=3h", "--user-max-age=9h"], {"ann"}),
+    ],
+)
+def test_users_have_limits_of_their_own(
+    cull_scripted: Cull, scripted: ScriptedHub, flags: list[str], left: set[str]
+) -> None:
+    scripted.add("ann", idle=IDLE, user_idle=IDLE)
+    assert cull_scripted("--timeout=1h", "--cull-users", *flags).exit_code == 0
+    assert scripted.running() == set()
+    assert set(scripted.users) == left
+
+
+@pytest.mark.parametrize(
+    ("rule", "scope", "extra"),
+    [
+        ("group=gpu keep", "read:users:groups", {"groups": DROP}),
+        ("admin=true keep", "list:users", {"admin": DROP}),
+    ],
+)
+def test_a_rule_on_a_field_of_the_user_that_is_not_shown_ends_the_pass(
+    cull_scripted: Cull, scripted: ScriptedHub, rule: str, scope: str, extra: dict[str, Any]
+) -> None:
+    scripted.add("ann", idle=IDLE)
+    scripted.add("bob", idle=IDLE)
+    scripted.users["bob"].extra = extra
+    result = cull_scripted("--timeout=1h", *rules(rule))
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert f"which the Hub does not show of bob; that takes the scope {scope}" in line
+    assert scripted.lines("DELETE") == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "scope"), [("option.x=1 keep", "read:servers"), ("state.x=1 keep", "admin:server_state")]
+)
+def test_a_rule_on_a_field_of_the_server_that_is_not_shown_ends_the_pass(
+    cull_scripted: Cull, scripted: ScriptedHub, rule: str, scope: str
+) -> None:
+    scripted.fault("GET", "/user", respond(404), times=None)
+    scripted.add("ann", idle=IDLE, extra={"user_options": DROP, "state": DROP})
+    result = cull_scripted("--timeout=1h", *rules(rule))
+    assert result.exit_code == 3
+    assert f"of ann; that takes the scope {scope}" in result.lines[0]
+    assert scripted.lines("DELETE") == []
+
+
+def test_what_a_rule_needs_and_is_gone_at_the_second_look_ends_the_pass(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.add("ann", idle=IDLE)
+    scripted.fault("GET", "/users/ann", then_do(lambda: setattr(scripted.users["ann"], "extra", {"groups": DROP})))
+    result = cull_scripted("--timeout=1h", *rules("group=gpu keep"))
+    assert result.exit_code == 3
+    assert scripted.lines("DELETE") == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "scope"),
+    [("group=gpu timeout=30m", "read:users:groups"), ("state.pod=x keep", "admin:server_state")],
+)
+def test_a_scope_that_a_rule_needs_is_named_at_once_with_the_role(
+    hub: RealHub, cull_real: Cull, rule: str, scope: str
+) -> None:
+    hub.spawn("ann", idle_seconds=IDLE)
+    result = cull_real("--timeout=1h", *rules(rule))
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert f"lacks {scope};" in line
+    assert f'"{scope}"' in line
+    assert hub.running() == {"ann"}
+
+
+def test_rules_on_a_real_hub(hub: RealHub, cull_real: Cull) -> None:
+    hub.add_user("gina", groups=["gpu"])
+    hub.add_user("carl", groups=["class-1", "all"])
+    hub.spawn_many(
+        [
+            ("gina", "", {"idle_seconds": 40 * 60 + 30}),
+            ("carl", "", {"idle_seconds": IDLE}),
+            ("svc-bot", "", {"idle_seconds": 30 * 24 * HOUR}),
+            ("pete", "", {"idle_seconds": IDLE, "profile": "large"}),
+            ("pete", "small", {"idle_seconds": IDLE, "profile": "small"}),
+            ("zoe", "", {"idle_seconds": 40 * 60 + 30}),
+        ]
+    )
+    token = hub.token_with(
+        "list:users", "read:users:activity", "read:servers", "delete:servers", "read:users:groups", "admin:server_state"
+    )
+    result = cull_real(
+        "--timeout=1h",
+        *rules(
+            "user=svc-* keep", "group=gpu timeout=30m", "group=class-* timeout=4h", "option.profile=large timeout=4h"
+        ),
+        token=token,
+    )
+    assert result.exit_code == 0
+    assert hub.running() == {"carl", "svc-bot", "pete", "zoe"}
+    assert re.search(r"culled gina: idle 40m\d\ds, limit 30m by rule 2: group=gpu timeout=30m", result.err)
