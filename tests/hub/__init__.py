@@ -61,15 +61,18 @@ class RealHub:
         *,
         slow_stop_timeout: float = 10,
         python: str = sys.executable,
+        internal_ssl: bool = False,
         extra_config: str = "",
     ) -> None:
         """slow_stop_timeout: seconds until the Hub answers 202 to a DELETE.
 
+        internal_ssl: the Hub and its servers speak TLS only; see certificates.
         extra_config: Python, run at the end of the Hub's configuration.
         """
+        self._internal_ssl = internal_ssl
         self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
         port, public_port, server_port = free_ports(3)
-        self.url = f"http://127.0.0.1:{port}/hub/api"
+        self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}/hub/api"
         self._command = [python, "-c", START, "-f", str(CONFIG)]
         self._environment = {
             **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key},
@@ -80,7 +83,7 @@ class RealHub:
             "REAL_HUB_ADMIN_TOKEN": self.admin_token,
             "REAL_HUB_CULLER_TOKEN": self.culler_token,
             "REAL_HUB_USER_CULLER_TOKEN": self.user_culler_token,
-            "REAL_HUB_EXTRA_CONFIG": extra_config,
+            "REAL_HUB_EXTRA_CONFIG": "c.JupyterHub.internal_ssl = True\n" * internal_ssl + extra_config,
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -109,7 +112,11 @@ class RealHub:
         session = requests.Session()
         session.trust_env = False
         session.headers["Authorization"] = f"token {self.admin_token}"
-        session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=10))
+        session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=10))
+        if self._internal_ssl:
+            session.verify = str(self.certificates / "hub-ca/hub-ca.crt")
+            own = self.certificates / "hub-internal/hub-internal"
+            session.cert = (f"{own}.crt", f"{own}.key")
         self._session = session
         with (self._directory / "log").open("ab") as log:
             # In a session of its own, so that Ctrl-C ends the tests first, then the Hub.
@@ -150,8 +157,13 @@ class RealHub:
         """All that the Hub has logged since the first start."""
         return (self._directory / "log").read_text("utf-8", "replace")
 
+    @property
+    def certificates(self) -> Path:
+        """Where a Hub with internal_ssl keeps all of its certificates and keys."""
+        return self._directory / "internal-ssl"
+
     def _answers(self) -> bool:
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(OSError):  # not up yet, or it has no certificates yet
             return self._session.get(f"{self.url}/users", timeout=30).ok
         return False
 

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import signal
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
@@ -73,11 +74,19 @@ class Server(ThreadingMixIn, HTTPServer):
         super().__init__(("127.0.0.1", port), self.RequestHandlerClass)
         in_background(self.serve_forever)
 
+    def speak_tls(self, cert_paths):
+        """From now on; with the certificate of one user, which the Hub trusts for all of them."""
+        if not isinstance(self.socket, ssl.SSLSocket):
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(cert_paths["certfile"], cert_paths["keyfile"])
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+
 
 class DoubleSpawner(Spawner):
     """Starts nothing, and does what the server's user_options say; see RealHub.spawn."""
 
     port = int(os.environ["REAL_HUB_SERVER_PORT"])
+    double = Server(port)
     alive = WeakSet()
     running = False
     fresh = False
@@ -105,6 +114,8 @@ class DoubleSpawner(Spawner):
     async def start(self):
         self.hurried.clear()
         self.put_into_past()
+        if getattr(self, "internal_ssl", False):  # from Hub 1.0 on
+            self.double.speak_tls(self.cert_paths)
         await self.wait(self.user_options.get("start_seconds", 0))
         self.running = self.fresh = True
         return "127.0.0.1", self.port

@@ -15,7 +15,6 @@ env = os.environ
 c = get_config()  # noqa: F821
 
 doubles.end_with_stdin()
-doubles.Server(doubles.DoubleSpawner.port)
 
 c.JupyterHub.ip = c.JupyterHub.hub_ip = "127.0.0.1"
 c.JupyterHub.port = int(env["REAL_HUB_PUBLIC_PORT"])  # announced only: nothing listens there

@@ -1,0 +1,167 @@
+"""A Hub with internal_ssl is asked with its certificates; wrong ones are a sentence each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cull, Result
+from hub import RealHub
+
+import cull_idle
+
+SCRIPT = Path(cull_idle.__file__)
+# A service that the Hub itself starts, for one user: what others are for is left to the tests.
+MANAGED = f"""
+command = [{sys.executable!r}, {str(SCRIPT)!r}, "--timeout=never", "--cull-every=1", "--rule=user=managed timeout=1h"]
+c.JupyterHub.services.append({{"name": "cull-idle", "command": command}})
+c.JupyterHub.load_roles.append({{"name": "cull-idle", "services": ["cull-idle"], "scopes": culler_scopes}})
+"""
+IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def tls_hub() -> Iterator[RealHub]:
+    with RealHub(internal_ssl=True, extra_config=MANAGED) as hub:
+        hub.spawn_many([("idle", "", IDLE), ("busy", "", {"idle_seconds": 60})])
+        yield hub
+
+
+@pytest.fixture
+def hub(tls_hub: RealHub) -> RealHub:
+    """A Hub that speaks TLS only, with an idle server and a busy one."""
+    if "idle" not in tls_hub.running():
+        tls_hub.spawn("idle", **IDLE)
+    return tls_hub
+
+
+@pytest.fixture
+def certificates(hub: RealHub, tmp_path: Path) -> Path:
+    """A copy of the Hub's."""
+    return Path(shutil.copytree(hub.certificates, tmp_path / "certificates"))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """What is of the same names, and another Hub's."""
+    certipy = import_module("certipy").Certipy(store_dir=str(tmp_path / "another"))
+    certipy.create_ca("hub-ca")
+    certipy.create_signed_pair("hub-internal", "hub-ca", alt_names=["IP:127.0.0.1"])
+    return tmp_path / "another"
+
+
+def handed_over(hub: RealHub) -> dict[str, str]:
+    """What a service gets that the Hub starts; its certificate is made as that of a user's server."""
+    own = hub.certificates / "user-busy/user-busy"
+    return {
+        "JUPYTERHUB_API_URL": hub.url,
+        "JUPYTERHUB_SSL_KEYFILE": f"{own}.key",
+        "JUPYTERHUB_SSL_CERTFILE": f"{own}.crt",
+        "JUPYTERHUB_SSL_CLIENT_CA": str(hub.certificates / "notebooks-ca_trust.crt"),
+    }
+
+
+def test_an_idle_server_is_culled(hub: RealHub, cull: Cull) -> None:
+    location = f"--internal-certs-location={hub.certificates}"
+    result = cull("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled", location, token=hub.culler_token)
+    assert result.exit_code == 0
+    assert result.lines[0] == "INFO     culled idle: idle 2h01m, limit 1h"
+    assert hub.running() == {"busy"}
+
+
+def test_certificates_are_looked_for_in_internal_ssl_unless_said_otherwise(
+    hub: RealHub, cull: Cull, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hub.certificates.parent)
+    result = cull("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled=true", token=hub.culler_token)
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+def test_a_service_uses_what_the_hub_hands_over(hub: RealHub, cull: Cull) -> None:
+    result = cull("--once", "--timeout=1h", token=hub.culler_token, env=handed_over(hub))
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+def test_what_the_hub_hands_over_comes_before_the_options(hub: RealHub, cull: Cull) -> None:
+    options = ("--ssl-enabled", "--internal-certs-location=nowhere")
+    result = cull("--once", "--timeout=1h", *options, token=hub.culler_token, env=handed_over(hub))
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+def test_a_service_that_the_hub_manages_culls(hub: RealHub) -> None:
+    hub.spawn("managed", **IDLE)
+    deadline = time.monotonic() + 30
+    while "managed" in hub.running():
+        assert time.monotonic() < deadline, hub.log()[-4000:]
+        time.sleep(0.1)
+    assert "culled managed: idle 2h01m, limit 1h by rule 1: user=managed timeout=1h" in hub.log()
+
+
+Spoil = Callable[[Path, Path], object]  # takes the Hub's certificates, and foreign ones
+CA, CERTIFICATE, KEY = "hub-ca/hub-ca.crt", "hub-internal/hub-internal.crt", "hub-internal/hub-internal.key"
+# From TLS 1.3 on, a client that is refused hears why only if it is not too busy sending its request.
+REFUSED = "TLS failed|the connection was lost"
+WRONG: Mapping[str, tuple[Spoil, str]] = {
+    "no folder": (lambda hubs, foreign: shutil.rmtree(hubs), CA),
+    "no CA": (lambda hubs, foreign: (hubs / CA).unlink(), CA),
+    "no certificate": (lambda hubs, foreign: (hubs / CERTIFICATE).unlink(), CERTIFICATE),
+    "no key": (lambda hubs, foreign: (hubs / KEY).unlink(), KEY),
+    "a CA that is not one": (lambda hubs, foreign: (hubs / CA).write_text("CA"), "TLS failed"),
+    "a certificate that is not one": (lambda hubs, foreign: (hubs / CERTIFICATE).write_text("cert"), "TLS failed"),
+    "a key that is not one": (lambda hubs, foreign: (hubs / KEY).write_text("key"), "TLS failed"),
+    "a key of another certificate": (lambda hubs, foreign: shutil.copy(foreign / KEY, hubs / KEY), "mismatch"),
+    "another Hub's CA": (lambda hubs, foreign: shutil.copy(foreign / CA, hubs / CA), "certificate verify failed"),
+    "another Hub's certificate": (
+        lambda hubs, foreign: [shutil.copy(foreign / file, hubs / file) for file in (CERTIFICATE, KEY)],
+        REFUSED,
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "part"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_certificates_are_a_sentence(
+    hub: RealHub, cull: Cull, certificates: Path, foreign: Path, spoil: Spoil, part: str
+) -> None:
+    spoil(certificates, foreign)
+    location = f"--internal-certs-location={certificates}"
+    result = cull("--once", "--url", hub.url, "--ssl-enabled", location, token=hub.culler_token)
+    assert_one_sentence(result, part)
+
+
+def test_wrong_certificates_of_a_service_are_a_sentence(hub: RealHub, cull: Cull) -> None:
+    variables = {**handed_over(hub), "JUPYTERHUB_SSL_KEYFILE": "/nowhere/cull-idle.key"}
+    assert_one_sentence(cull("--once", token=hub.culler_token, env=variables), "/nowhere/cull-idle.key")
+
+
+def test_without_its_ca_the_hub_is_not_trusted(hub: RealHub, cull: Cull) -> None:
+    result = cull("--once", "--url", hub.url, token=hub.culler_token)
+    assert_one_sentence(result, "certificate verify failed")
+
+
+def test_the_hub_wants_a_certificate_too(hub: RealHub, cull: Cull) -> None:
+    trusted = {"REQUESTS_CA_BUNDLE": str(hub.certificates / CA)}
+    result = cull("--once", "--url", hub.url, token=hub.culler_token, env=trusted)
+    assert_one_sentence(result, REFUSED)
+
+
+def test_http_is_not_answered(hub: RealHub, cull: Cull) -> None:
+    result = cull("--once", "--url", hub.url.replace("https:", "http:"), token=hub.culler_token)
+    assert_one_sentence(result, "the connection was lost")
+
+
+def assert_one_sentence(result: Result, part: str) -> None:
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert re.search(part, line)
