@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import re
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,11 @@ def real_options() -> dict[str, list[Row]]:
     return found
 
 
+def settings_from(*args: str) -> cull_idle.Settings:
+    ctx = cull_idle.make_command().make_context(cull_idle.PROGRAM, list(args))
+    return cull_idle.Settings(**ctx.params)
+
+
 def option_names() -> set[str]:
     command = cull_idle.make_command()
     ctx = click.Context(command, **command.context_settings)
@@ -117,10 +123,43 @@ def test_commands_in_the_readme_use_options_that_exist() -> None:
 
 def test_options_named_in_the_text_of_the_readme_exist() -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    refused = set(re.findall(r"--[\w-]+", text[text.index("Not yet here") :]))
-    underscored = {option.replace("_", "-") for option in re.findall(r"`(--\w[\w-]*)", text)}
-    assert underscored <= option_names() | refused
-    assert not refused & option_names(), "the README says that these are not there yet"
+    named = {name.replace("IdleCuller.", "").replace("_", "-") for name in re.findall(r"`(--\w[\w.-]*)", text)}
+    assert named <= option_names()
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_configuration_in_the_readme_is_taken(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "cull-idle.toml"
+    file.write_text(text)
+    settings = settings_from("--config", str(file))
+    assert settings.timeout == timedelta(hours=1)
+    assert [rule.text for rule in settings.rule] == tomllib.loads(text)["rule"]
+
+
+def test_rules_in_the_readme_are_taken() -> None:
+    shown = [rule for rule, _ in rows("Exceptions")]
+    assert shown
+    for rule in [*shown, *re.findall(r"--rule '(.*?)'", README)]:
+        cull_idle.parse_rule(rule)
+
+
+def test_the_readme_lists_all_that_rules_match_and_the_scopes_for_it() -> None:
+    listed = {name: scope for name, _, scope in rows("What rules match and set")}
+    needed = {name: settings_from(f"--rule={name}=true keep").rule_scopes for name in cull_idle.MATCHES}
+    assert listed == {name: "".join(scopes) for name, scopes in needed.items()}
+
+
+def test_the_arbiter_in_the_readme_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "arbiter.py"
+    file.write_text(next(block.text for block in BLOCKS if "def my_cull_arbiter" in block.text))
+    arbiter = cull_idle.load_arbiter(f"{file}:my_cull_arbiter")
+    given = {"inactive": timedelta(hours=2), "inactive_limit": 3600, "user": {}}
+    assert arbiter(**given, server={"state": {"profile_name": "small"}})
+    assert not arbiter(**given, server={"state": {"profile_name": "unlimited"}})
+
+
+def test_the_readme_lists_what_an_arbiter_is_given() -> None:
+    assert {keyword for keyword, _ in rows("A decision of your own")} == cull_idle.ARBITER_ARGUMENTS
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -136,8 +175,7 @@ def test_systemd_units_in_the_readme_parse(text: str) -> None:
 
 
 def test_the_scopes_in_the_readme_are_those_the_program_asks_for() -> None:
-    ctx = cull_idle.make_command().make_context(cull_idle.PROGRAM, [])
-    role = cull_idle.role_for(cull_idle.Settings(**ctx.params), None)
+    role = cull_idle.role_for(settings_from(), None)
     wanted = re.findall(r'"([a-z]+:[a-z:]+)"', role)
     assert wanted
     assert re.findall(r'"([a-z]+:[a-z:]+)"', section("A first real run")) == wanted
