@@ -104,3 +104,10 @@ def cull_real(cull: Cull, hub: RealHub) -> Cull:
         return cull("--once", "--url", hub.url, *args, token=hub.culler_token if token is None else token, env=env)
 
     return run
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Ids that are the same in every process, so that several can share the tests."""
+    if isinstance(val, set):
+        return str(sorted(val)) if val else "nothing"
+    return str(val) if isinstance(val, list) and all(isinstance(each, str) for each in val) else None

@@ -97,7 +97,6 @@ def test_any_text_is_a_duration_or_a_sentence(text: str) -> None:
         ("2026-11-22T24:00Z", datetime(2026, 11, 23, tzinfo=UTC)),
         (None, None),
     ],
-    ids=str,
 )
 def test_a_timestamp_of_the_hub_is_read_and_is_utc_without_a_zone(text: object, moment: datetime | None) -> None:
     assert parse_time(text) == moment
@@ -106,7 +105,6 @@ def test_a_timestamp_of_the_hub_is_read_and_is_utc_without_a_zone(text: object, 
 @pytest.mark.parametrize(
     "value",
     ["", "yesterday", "2026-11-22", "2026", "2026-13-01T00:00:00Z", "20:39:05", 1_700_000_000, True, [], {}],
-    ids=str,
 )
 def test_what_is_not_a_moment_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="is not a time"):
