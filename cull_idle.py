@@ -155,13 +155,17 @@ def parse_time(text: object) -> datetime | None:
 
     Raises ValueError for what is not a moment; a date without a time of day could be off by a day.
     """
+    try:
+        moment = datetime.fromisoformat(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        moment = None
+    if moment and moment.tzinfo:
+        return moment
     if text is None:
         return None
     if not isinstance(text, str) or len(text) <= len("2026-11-22"):
         raise ValueError(f"{shorten(str(text), 40)!r} is not a time")
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+    if not moment:
         from dateutil.parser import isoparse  # slower, and slow to import, but reads more of ISO 8601
 
         try:
@@ -380,7 +384,7 @@ def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime
     """Judge something last active and born at these moments by the policy's limits."""
     # `now` is cut to whole seconds, so what is active at this moment seems to be so in the future.
     idle = now - active if active < now else ZERO
-    age = None if born is None else max(now - born, ZERO)
+    age = None if born is None else now - born if born < now else ZERO
     if idle >= policy.timeout.duration and not policy.arbiter:
         return Verdict(True, "idle", idle, age, policy.timeout)
     if age is not None and age >= policy.max_age.duration:
@@ -1123,6 +1127,8 @@ class Culling:
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
+        if not self.scan.servers and not self.scan.users:
+            return
         from concurrent.futures import ThreadPoolExecutor
 
         staying: set[str] = set()

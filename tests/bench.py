@@ -103,7 +103,14 @@ while following:
 
 Command = Sequence[str]
 PYTHON = sys.executable
-OURS: Command = (PYTHON, str(ROOT / "cull_idle.py"), "--once", *ARGUMENTS)
+OURS: Command = (PYTHON, "-m", "cull_idle", "--once", *ARGUMENTS)
+RULES = [
+    *(f"user=svc{n}-* keep" for n in range(12)),
+    *(f"group=class-{n}* timeout=2h" for n in range(12)),
+    *(f"server=gpu{n}* timeout=1h" for n in range(12)),
+    *(f"option.profile=large{n}* timeout=30m" for n in range(13)),
+    "user=* timeout=1d",  # the last of 50, and the one that fits
+]
 REFERENCE: Command = (PYTHON, "-c", REFERENCE_ONCE, *ARGUMENTS)
 
 
@@ -298,6 +305,17 @@ def measure_scan(effort: Effort) -> Iterator[Line]:
     yield within(work, "peak memory", middle(ours, peak), 60, "MB", amount(middle(reference, peak), "MB"))
 
 
+def measure_rules(effort: Effort) -> Iterator[Line]:
+    servers = 10_000 if effort.quick else 100_000
+    hub = [f"--servers={servers}", "--groups=students,class-77"]
+    without, with_rules = in_turn(
+        (effort.runs, lambda: on_scripted_hub(OURS, *hub)),
+        (effort.runs, lambda: on_scripted_hub((*OURS, *(f"--rule={rule}" for rule in RULES)), *hub)),
+    )
+    work = f"a pass over {servers:,} running servers, with {len(RULES)} rules"
+    yield compare(work, "CPU", middle(with_rules, cpu), middle(without, cpu), 2, of="without")
+
+
 def measure_growth(effort: Effort) -> Iterator[Line]:
     sizes = [1_000, 10_000, 100_000] + ([] if effort.quick else [1_000_000])
     start_up = middle(empty_pass(3 * effort.runs)[0], cpu)
@@ -373,6 +391,7 @@ MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
     "race": measure_race,
     "stops": measure_stops,
     "scan": measure_scan,
+    "rules": measure_rules,
     "growth": measure_growth,
     "real-stops": measure_real_stops,
     "real-scan": measure_real_scan,
@@ -381,7 +400,8 @@ MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
 NOTES = f"""
 Medians, the programs in turn, concurrency {CONCURRENCY}, pages of {PAGE_SIZE}, whole processes with their start-up.
 The reference has no --once: it is its whole program, with pycurl, ended after its first pass; a million servers, and
-100 s of stopping more than once, are not asked of it. "The file" is compiled at each start, "installed" is not. The
+100 s of stopping more than once, are not asked of it. "The file" is compiled at each start, "installed" is not; all
+passes are of what is installed. The
 bare loop is requests and json.loads over the same pages. "The pass alone" is without start-up; "the Hub" is the part
 of the same pass that was spent in waiting for what the Hub sends.
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -137,6 +139,28 @@ def test_a_server_whose_time_is_garbage_has_no_times() -> None:
     assert (server.started, server.last_activity) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("model", "doubt"),
+    [
+        ({**SERVER, "started": "x"}, "started or last_activity: 'x' is not a time"),
+        ({"ready": True, "last_activity": MOMENT}, "pending is missing"),
+        ({"ready": True, "url": "/user/ann/"}, "last_activity is missing"),
+        ({"pending": None, "url": "/user/ann/"}, "last_activity is missing"),
+        ({"last_activity": MOMENT, "url": "/user/ann/"}, "ready is missing"),
+    ],
+)
+def test_a_server_in_doubt_has_no_times_and_no_state(model: dict[str, object], doubt: str) -> None:
+    (server,) = read_user({**ANN, "servers": {"gpu": model}}).servers
+    assert server[:7] == ("ann", "gpu", False, "", None, None, doubt)
+
+
+@pytest.mark.parametrize("servers", [None, [], "none"], ids=str)
+def test_servers_that_are_garbage_are_not_read_from_the_keys_of_old(servers: object) -> None:
+    model = {"name": "ann", "admin": False, "last_activity": MOMENT, "server": "/user/ann/", "servers": servers}
+    (server,) = read_user(model).servers
+    assert server.doubt == "its servers are not shown: that takes the scope read:servers"
+
+
 def test_only_what_is_called_stopped_is_left_out() -> None:
     servers = {str(value): {**SERVER, "stopped": value} for value in (True, False, None, 1, "true")}
     assert {server.name for server in read_user({**ANN, "servers": servers}).servers} == set(servers) - {"True"}
@@ -170,7 +194,7 @@ def test_verbose_says_what_is_kept_and_why(cull_scripted: Cull, scripted: Script
 def test_a_verbose_dry_run_says_what_is_kept_in_its_table_only(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("busy", idle=LONG_AGO)
     result = cull_scripted("--timeout", "30d", "--dry-run", "-v")
-    assert "kept" not in result.err
+    assert result.err == ""
     assert "kept: idle 2h, limit 30d" in result.out
 
 
@@ -220,6 +244,13 @@ def test_a_user_made_anew_is_told_in_these_words(cull_scripted: Cull, scripted: 
     scripted.add_user("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", then_do(lambda: scripted.add_user("ann", idle=LONG_AGO, age=LONG_AGO)))
     assert cull_scripted("--timeout", "1h", "--cull-users").lines[0] == "INFO     spared user ann: it was created anew"
+
+
+def test_who_is_spared_is_told_in_two_units(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    server = scripted.add("ann", idle=4 * 86400)
+    seen = scripted.now - timedelta(days=1, hours=2, minutes=3, seconds=30)
+    scripted.fault("GET", "/users/ann", then_do(lambda: setattr(server, "last_activity", seen)))
+    assert cull_scripted("--timeout", "3d").lines[0] == "INFO     spared ann: active again 1d02h ago"
 
 
 def test_only_a_named_server_is_said_to_be_removed(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -337,7 +368,7 @@ def test_told_to_stop_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch, sc
     scripted.fault("DELETE", ".*", then_do(stop.set, reset()), times=None)
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
     result = Culler(settings_of("--timeout=1h", f"--url={scripted.url}"), stop).make_pass()
-    assert len(scripted.lines("DELETE")) == 1
+    assert scripted.lines()[2:] == ["GET /users/ann", "DELETE /users/ann/server"]
     assert result.exit_code == 1
 
 
@@ -431,6 +462,39 @@ def loop_over(scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, passes: in
     return stop.seconds
 
 
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What is logged, without the time that passes take."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(re.sub(r" in \d\.\ds", "", record.getMessage()))
+
+    listener = Listener()
+    cull_idle.log.addHandler(listener)
+    cull_idle.log.setLevel("INFO")
+    yield lines
+    cull_idle.log.removeHandler(listener)
+
+
+def test_each_pass_says_when_the_next_one_starts(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub, said: list[str]
+) -> None:
+    loop_over(scripted, monkeypatch, 2, "--cull-every=20s")
+    assert said == [*["pass: 0 running, 0 due; next in 20s"] * 2, "told to stop"]
+
+
+def test_a_pass_that_is_told_to_stop_says_nothing_of_a_next_one(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub, said: list[str]
+) -> None:
+    stop = threading.Event()
+    scripted.fault("GET", "/users", and_do(stop.set))
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
+    assert Culler(settings_of("--timeout=1h", f"--url={scripted.url}"), stop).run() == 0
+    assert said == ["pass: 0 running, 0 due", "told to stop"]
+
+
 def test_passes_that_work_are_cull_every_apart(monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub) -> None:
     seconds = loop_over(scripted, monkeypatch, 3, "--cull-every=20s")
     assert all(19 <= each <= 20 for each in seconds)
@@ -450,8 +514,8 @@ def test_pauses_grow_while_passes_fail_and_shrink_when_one_works(
 
 
 def test_scopes_are_asked_for_until_a_pass_works(monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub) -> None:
-    scripted.fault("GET", "/users", respond(403), normal())
-    loop_over(scripted, monkeypatch, 3)
+    scripted.fault("GET", "/users", respond(403), normal(), respond(403), normal())
+    loop_over(scripted, monkeypatch, 4)
     assert scripted.lines("GET").count("GET /user") == 2
 
 
