@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache, partial
@@ -113,6 +113,7 @@ def shorten(text: str, width: int = 200) -> str:
 
 ZERO = timedelta(0)
 NEVER = timedelta.max
+LAST_YEAR = 9000  # there is no counting with later ones
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
 DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
@@ -182,6 +183,8 @@ def parse_http_date(text: str | None) -> datetime:
     try:
         moment = parsedate_to_datetime(text or "")
     except (ValueError, OverflowError):
+        return datetime.now(UTC)
+    if moment.year > LAST_YEAR:
         return datetime.now(UTC)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
@@ -982,7 +985,10 @@ class Scan:
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
-    clock: tuple[datetime, float] = (datetime.max.replace(tzinfo=UTC), 0)  # the Hub's at a moment of time.monotonic()
+    clock: tuple[datetime, float] = (
+        datetime(LAST_YEAR, 1, 1, tzinfo=UTC),
+        0,
+    )  # the Hub's, when time.monotonic() was this
 
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
@@ -1120,10 +1126,10 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
-    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as they were before, at
-    # their first second look, and when the last of their servers was stopped.
-    looks: dict[str, User] = dataclasses.field(default_factory=dict)
-    stops: dict[str, datetime] = dataclasses.field(default_factory=dict)
+    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as second looks found them,
+    # and from when to when their servers were stopped.
+    looks: dict[str, list[User]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    stops: dict[str, list[tuple[datetime, datetime]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
@@ -1179,8 +1185,9 @@ class Culling:
         answer = self.hub.stop(server, remove=remove)
         match answer.status:
             case 204:
-                # The Hub dates its answer when the request comes, and cuts the fraction of the second off.
-                self.stops[server.user] = answer.now + timedelta(seconds=time.monotonic() - began + 1)
+                # The Hub dates its answer when the request comes, others when they send it, all in whole seconds.
+                now, around = self.scan.not_after(answer.now), timedelta(seconds=time.monotonic() - began + 1)
+                self.stops[server.user].append((now - around, now + around))
                 return Event(server, Outcome.CULLED, verdict.reason + ("; removed" if server.name and remove else ""))
             case 202:
                 waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
@@ -1195,7 +1202,7 @@ class Culling:
         user, now = self.hub.user(server.user)
         if user is None:
             return verdict
-        self.looks.setdefault(user.name, user)
+        self.looks[user.name].append(user)
         fresh = user.server(server.name) or next((each for each in user.servers if each.doubt), None)
         if fresh is None:
             return Event(server, Outcome.GONE, "not running any more")
@@ -1237,11 +1244,18 @@ class Culling:
             return Event(user, Outcome.SPARED, "a server is there again")
         if fresh.created != user.created:
             return Event(user, Outcome.SPARED, "it was created anew")
-        before, stopped = self.looks.get(user.name), self.stops.get(user.name)
-        if before and stopped and fresh.last_activity and fresh.last_activity < stopped:
-            fresh = fresh._replace(last_activity=before.last_activity, doubt=fresh.doubt or before.doubt)
-        verdict = judge_user(fresh, self.scan.settings.policies.of_user(fresh), self.scan.not_after(now))
+        verdict = judge_user(
+            self._without_stops(fresh), self.scan.settings.policies.of_user(fresh), self.scan.not_after(now)
+        )
         return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict))
+
+    def _without_stops(self, user: User) -> User:
+        """The user, last active as of all looks, but for activity that was the stop of a server."""
+        looks = [*self.looks[user.name], user]
+        activities = [look.last_activity for look in looks if look.last_activity]
+        own = [at for at in activities if not any(begin <= at <= end for begin, end in self.stops[user.name])]
+        doubt = next((look.doubt for look in looks if look.doubt), "")
+        return user._replace(last_activity=max(own, default=user.last_activity), doubt=doubt)
 
     def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
         """The event for a DELETE that did not work."""

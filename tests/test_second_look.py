@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from conftest import Cull
 from scripted_hub import (
+    FROM_CLOCK,
+    Answer,
+    Exchange,
     FakeServer,
     Reply,
     ScriptedHub,
@@ -386,3 +389,68 @@ def test_a_user_whose_server_is_starting_or_stopping_is_not_due(
     scripted.add("ann", idle=LONG_AGO, **state)
     assert cull_scripted("--timeout", "1h", "--cull-users").exit_code == 0
     assert scripted.lines("DELETE") == []
+
+
+# What a user did while servers were being stopped
+
+
+def log_in_later(scripted: ScriptedHub, after: timedelta = timedelta(seconds=5)) -> Reply:
+    """Ann opens the Hub's home page a little later, before the Hub answers."""
+
+    def hook() -> None:
+        scripted.now += after
+        scripted.users["ann"].last_activity = scripted.now
+
+    return then_do(hook)
+
+
+def test_a_login_that_the_look_at_a_second_server_shows_keeps_the_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.now = scripted.now.replace(microsecond=0)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("ann", "gpu", idle=LONG_AGO)
+    scripted.fault("GET", "/users/ann", normal(), log_in_later(scripted))
+    cull_scripted("--timeout=1h", "--cull-users", "--concurrency=1")
+    assert "ann" in scripted.users
+    assert scripted.running() == set()
+
+
+def test_a_login_that_the_look_before_a_second_try_shows_keeps_the_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.now = scripted.now.replace(microsecond=0)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond(503))
+    scripted.fault("GET", "/users/ann", normal(), log_in_later(scripted))
+    cull_scripted("--timeout=1h", "--cull-users")
+    assert "ann" in scripted.users
+
+
+def test_the_stop_of_a_server_that_answers_with_no_date_or_anothers_hides_no_login(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.now -= timedelta(hours=1)
+    scripted.add("ann", idle=LONG_AGO)
+
+    def dateless(exchange: Exchange) -> Answer:
+        scripted.date_header = None
+        return exchange.normal()
+
+    def log_in() -> None:
+        scripted.date_header = FROM_CLOCK
+        scripted.now += timedelta(minutes=2)
+        scripted.users["ann"].last_activity = scripted.now
+
+    scripted.fault("DELETE", "/users/ann/server", dateless)
+    scripted.fault("GET", "/users/ann", normal(), then_do(log_in))
+    cull_scripted("--timeout=1h", "--cull-users")
+    assert "ann" in scripted.users
+
+
+def test_a_date_at_the_end_of_time_is_garbage(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.date_header = "Fri, 31 Dec 9999 23:59:59 GMT"
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=60)
+    assert cull_scripted("--timeout=1h", "--cull-users").exit_code == 0
+    assert scripted.running() == {"bob"}
