@@ -116,7 +116,7 @@ NEVER = timedelta.max
 LAST_YEAR = 9000  # there is no counting with later ones
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
-DURATION = re.compile(r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items()))
+DURATION = r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items())
 
 
 def parse_duration(text: str) -> timedelta:
@@ -125,7 +125,7 @@ def parse_duration(text: str) -> timedelta:
     Raises ValueError, with a sentence, for anything else.
     """
     words = text.strip().lower()
-    match = DURATION.fullmatch(f"{words}s" if re.fullmatch(NUMBER, words) else words)
+    match = re.fullmatch(DURATION, f"{words}s" if re.fullmatch(NUMBER, words) else words)
     if not words or not match:
         raise ValueError(
             f"{shorten(text, 40)!r} is not a duration: write seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w."
@@ -972,7 +972,7 @@ class Due(NamedTuple, Generic[Target]):
     verdict: Verdict
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Scan:
     """What the user list says, taken in page by page. What is kept is only counted, or a large Hub would not fit."""
 
@@ -994,7 +994,6 @@ class Scan:
         """Decide about all users and servers of a page."""
         policies = self.settings.policies
         verbose = log.isEnabledFor(logging.DEBUG)
-        self.clock = page.now, time.monotonic()
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
@@ -1048,7 +1047,9 @@ def scan_hub(hub: Hub, settings: Settings, stop: threading.Event) -> Scan:
     try:
         while offset is not None and not stop.is_set():
             read_page = partial(hub.page, offset, size=settings.api_page_size, ready_only=not settings.cull_users)
+            asked = time.monotonic()
             page = patiently(read_page, stop)
+            scan.clock = page.now, asked
             scan.add(page)
             offset = page.next_offset()
     except HubError as error:
@@ -1118,7 +1119,7 @@ class Event(NamedTuple):
         return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {self.why}"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Culling:
     """The second half of a pass: each server and user that the scan found due is looked at once more, and culled."""
 
@@ -1186,7 +1187,7 @@ class Culling:
         match answer.status:
             case 204:
                 # The Hub dates its answer when the request comes, others when they send it, all in whole seconds.
-                now, around = self.scan.not_after(answer.now), timedelta(seconds=time.monotonic() - began + 1)
+                now, around = self.scan.not_after(answer.now), timedelta(seconds=time.monotonic() - began + 2)
                 self.stops[server.user].append((now - around, now + around))
                 return Event(server, Outcome.CULLED, verdict.reason + ("; removed" if server.name and remove else ""))
             case 202:
@@ -1277,7 +1278,7 @@ def change_of_mind(verdict: Verdict) -> str:
     return verdict.reason
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class PassResult:
     """What a pass came to."""
 
@@ -1618,7 +1619,7 @@ def boolean(heading: str, help: str, default: str) -> Any:
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """Everything that the command line, the environment and the defaults decide."""
 
