@@ -1141,27 +1141,39 @@ class Culling:
         staying: set[str] = set()
         with ThreadPoolExecutor(self.scan.settings.concurrency) as workers:
             try:
-                for event in self._side_by_side(workers, self._stop_server, self.scan.servers.values()):
+                for event in self._side_by_side(
+                    workers, self._look_at_server, self._stop_server, self.scan.servers.values()
+                ):
                     if isinstance(event.target, Server) and event.outcome not in (Outcome.CULLED, Outcome.GONE):
                         staying.add(event.target.user)
                     yield event
                 vacant = [due for due in self.scan.users.values() if due.target.name not in staying]
-                yield from self._side_by_side(workers, self._delete_user, vacant)
+                yield from self._side_by_side(workers, self._look_at_user, self._delete_user, vacant)
             finally:
                 self.ended = True
         for name in staying & self.scan.users.keys():
             yield Event(self.scan.users[name].target, Outcome.SPARED, "a server is still there")
 
     def _side_by_side(
-        self, workers: ThreadPoolExecutor, cull: Callable[[Due[Target]], Event | None], dues: Iterable[Due[Target]]
+        self,
+        workers: ThreadPoolExecutor,
+        look: Callable[[Due[Target]], Verdict | Event],
+        cull: Callable[[Target, Verdict], Event],
+        dues: Iterable[Due[Target]],
     ) -> Iterator[Event]:
         from concurrent.futures import as_completed
+
+        def look_and_cull(due: Due[Target]) -> Event | None:
+            seen = look(due)
+            if isinstance(seen, Event):
+                return seen
+            return None if self._over() else cull(due.target, seen)
 
         def work(due: Due[Target]) -> Event | None:
             if self._over():
                 return None
             try:
-                event = patiently(partial(cull, due), self.stop)
+                event = patiently(partial(look_and_cull, due), self.stop)
             except HubError as error:
                 return Event(due.target, Outcome.FAILED, f"{due.verdict.reason}; {error}")
             self.ended = self.ended or (event is not None and event.ends_pass)
@@ -1175,13 +1187,8 @@ class Culling:
         """Whether nothing new may be started."""
         return self.ended or self.stop.is_set()
 
-    def _stop_server(self, due: Due[Server]) -> Event | None:
-        server, remove = due.target, self.scan.settings.remove_named_servers
-        verdict = self._look_at_server(due)
-        if isinstance(verdict, Event):
-            return verdict
-        if self._over():
-            return None
+    def _stop_server(self, server: Server, verdict: Verdict) -> Event:
+        remove = self.scan.settings.remove_named_servers
         began = time.monotonic()
         answer = self.hub.stop(server, remove=remove)
         match answer.status:
@@ -1216,13 +1223,7 @@ class Culling:
         verdict = judge_server(fresh, self.scan.settings.policies.of_server(fresh), self.scan.not_after(now))
         return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict))
 
-    def _delete_user(self, due: Due[User]) -> Event | None:
-        user = due.target
-        verdict = self._look_at_user(due)
-        if isinstance(verdict, Event):
-            return verdict
-        if self._over():
-            return None
+    def _delete_user(self, user: User, verdict: Verdict) -> Event:
         answer = self.hub.delete_user(user.name)
         match answer.status:
             case 204:

@@ -73,6 +73,14 @@ def scripted() -> Iterator[ScriptedHub]:
 
 
 @pytest.fixture
+def elsewhere() -> Iterator[ScriptedHub]:
+    """Another host, which may not be asked anything."""
+    with ScriptedHub() as hub:
+        yield hub
+    assert hub.requests == []
+
+
+@pytest.fixture
 def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
     """Run `cull_idle.py --once --url SCRIPTED ARGS`."""
 

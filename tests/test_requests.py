@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ LONG_AGO = 7230.0
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
-@pytest.fixture
-def elsewhere() -> Iterator[ScriptedHub]:
-    """Another host, which may not be asked anything."""
-    with ScriptedHub() as hub:
-        yield hub
-    assert hub.requests == []
 
 
 def test_the_token_is_in_one_header_of_each_request(cull_scripted: Cull, scripted: ScriptedHub) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,14 +17,6 @@ LONG_AGO = 7230.0
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
-@pytest.fixture
-def elsewhere() -> Iterator[ScriptedHub]:
-    """Another host, which may not be asked anything."""
-    with ScriptedHub() as hub:
-        yield hub
-    assert hub.requests == []
 
 
 def add_many(scripted: ScriptedHub, count: int, **fields: Any) -> set[str]:

@@ -39,14 +39,6 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
-@pytest.fixture
-def elsewhere() -> Iterator[ScriptedHub]:
-    """Another host, which may not be asked anything."""
-    with ScriptedHub() as hub:
-        yield hub
-    assert hub.requests == []
-
-
 def assert_one_sentence(result: Result, exit_code: int, *words: str) -> None:
     assert result.exit_code == exit_code
     assert result.out == ""
