@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import logging
 import os
 import re
 import signal
@@ -25,10 +24,8 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 PROGRAM = "cull_idle.py"
-log = logging.getLogger("cull_idle")
 T = TypeVar("T")
 Target = TypeVar("Target", "Server", "User")
 
@@ -464,7 +460,7 @@ def load_arbiter(name: str) -> Arbiter:
     source, _, function_name = name.rpartition(":")
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             # jupyterhub-idle-culler's config files end in `c.IdleCuller.cull_arbiter_hook = …`
             vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
@@ -838,6 +834,8 @@ class Hub:
 
     def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
         """Send one request and read its answer."""
+        from urllib.parse import urlencode
+
         import requests
         import urllib3
 
@@ -880,6 +878,8 @@ class Hub:
 
 def segment(name: str) -> str:
     """A name as one segment of a path, such that no server or proxy takes a part of it for anything else."""
+    from urllib.parse import quote
+
     quoted = quote(name, safe="", errors="surrogatepass")
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
@@ -974,14 +974,14 @@ class Due(NamedTuple, Generic[Target]):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Scan:
-    """What the user list says, taken in page by page. What is kept is only counted, or a large Hub would not fit."""
+    """What the user list says, taken in page by page. What is kept is only told, or a large Hub would not fit."""
 
     settings: Settings
+    keep: Callable[[Due[Server] | Due[User]], None] | None = None  # told what is kept
     listed: int = 0  # users
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
-    kept: list[Due[Server] | Due[User]] = dataclasses.field(default_factory=list)  # for a verbose dry run only
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
@@ -993,7 +993,6 @@ class Scan:
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
         policies = self.settings.policies
-        verbose = log.isEnabledFor(logging.DEBUG)
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
@@ -1010,7 +1009,7 @@ class Scan:
                     self.servers.setdefault((server.user, server.name), Due(server, verdict))
                 else:
                     staying += 1
-                    if verbose or verdict.doubt:
+                    if self.keep or verdict.doubt:
                         self._keep(Due(server, verdict))
             if user and not staying:
                 verdict = judge_user(user, policies.of_user(user), page.now)
@@ -1030,19 +1029,17 @@ class Scan:
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.verdict.doubt:
             self._doubt(kept.target.full_name, kept.verdict.reason)
-        if not self.settings.dry_run:
-            log.debug("kept %s: %s", kept.target.full_name, kept.verdict.reason)
-        elif self.settings.level == "debug":
-            self.kept.append(kept)
+        if self.keep:
+            self.keep(kept)
 
     def _doubt(self, where: str, what: str) -> None:
         self.doubts += 1
         self.first_doubt = self.first_doubt or f"{where}: {what}"
 
 
-def scan_hub(hub: Hub, settings: Settings, stop: threading.Event) -> Scan:
+def scan_hub(hub: Hub, scan: Scan, stop: threading.Event) -> Scan:
     """Read the whole user list. After an error, what was read may be stopped, but no user is deleted."""
-    scan = Scan(settings)
+    settings = scan.settings
     offset: int | None = 0
     try:
         while offset is not None and not stop.is_set():
@@ -1108,11 +1105,6 @@ class Event(NamedTuple):
     outcome: Outcome
     why: str
     ends_pass: bool = False  # the token may not do this to anything
-
-    @property
-    def level(self) -> int:
-        """How loud to log it."""
-        return {Outcome.STOPPING: logging.WARNING, Outcome.FAILED: logging.ERROR}.get(self.outcome, logging.INFO)
 
     def __str__(self) -> str:
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
@@ -1328,6 +1320,7 @@ class Culler:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
         self.stop = stop
+        self.report = Report(settings)
         self._scopes_checked = False
 
     def run(self) -> Exit:
@@ -1335,9 +1328,9 @@ class Culler:
         read_token(self.settings.token_file)
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
-            self._report(result)
+            self.report.result(result)
             if self.stop.is_set():
-                log.error("told to stop before the pass was over")
+                self.report.log.error("told to stop before the pass was over")
                 return max(result.exit_code, Exit.UNDONE)
             return result.exit_code
         failures = 0
@@ -1347,9 +1340,9 @@ class Culler:
             failures = failures + 1 if result.exit_code else 0
             interval = self.settings.interval.total_seconds()
             pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
-            self._report(result, None if self.stop.is_set() else pause)
+            self.report.result(result, None if self.stop.is_set() else pause)
             self.stop.wait(pause)
-        log.info("told to stop")
+        self.report.log.info("told to stop")
         return Exit.DONE
 
     def make_pass(self) -> PassResult:
@@ -1360,20 +1353,20 @@ class Culler:
             settings = self.settings
             with Hub(settings.url, read_token(settings.token_file), settings.request_timeout, settings.tls) as hub:
                 self._check_scopes(hub)
-                scan = scan_hub(hub, settings, self.stop)
+                scan = scan_hub(hub, Scan(settings, self.report.keep), self.stop)
                 result.running = scan.running
                 if scan.error:
                     result.errors.append(scan.error)
                 if scan.doubts:
-                    log.warning("kept %d in doubt; the first: %s", scan.doubts, scan.first_doubt)
+                    self.report.log.warning("kept %d in doubt; the first: %s", scan.doubts, scan.first_doubt)
                 if settings.dry_run:
-                    show_plan(scan)
+                    self.report.plan(scan)
                 else:
                     result.due = len(scan.servers) + len(scan.users)
                     if settings.max_culls:
                         settings.max_culls.check(scan)
                     for event in Culling(hub, scan, self.stop).events():
-                        log.log(event.level, "%s", event)
+                        self.report.event(event)
                         result.count(event)
         except CullError as error:
             result.errors.append(error)
@@ -1394,26 +1387,22 @@ class Culler:
         if identity:
             check_scopes(identity, self.settings)
 
-    def _report(self, result: PassResult, pause: float | None = None) -> None:
-        """Log what a pass came to, and in how many seconds the next one starts."""
-        following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
-        for error in result.errors:
-            log.error("%s%s", error, following)
-        if not self.settings.dry_run and (result.running or not result.errors):
-            log.info("pass: %s%s", result, following)
 
-
-def read_token(path: Path | None) -> str:
+def read_token(path: str | None) -> str:
     """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises TokenError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
     try:
-        token = (path.read_text() if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
+        token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
+        if path:
+            with open(path) as file:
+                token = file.read()
     except OSError as error:
         raise TokenError(
             f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
         ) from None
     except ValueError:
         token = "not even text"
+    token = token.strip()
     if not token:
         where = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
         raise TokenError(f"{source} {where}: put an API token of the Hub there (README: a first real run).")
@@ -1446,39 +1435,67 @@ def stop_signals() -> Iterator[threading.Event]:
 # ---- What it shows
 
 
-def show_plan(scan: Scan) -> None:
-    """Print what a pass would do, the longest idle first."""
-    verb = "removed" if scan.settings.remove_named_servers else "stopped"
-    rows: list[tuple[Due[Server] | Due[User], str]] = [
-        *((due, verb if due.target.name else "stopped") for due in scan.servers.values()),
-        *((due, "deleted") for due in scan.users.values()),
-        *((due, "kept") for due in scan.kept),
-    ]
-    rows.sort(key=lambda row: row[0].verdict.idle or ZERO, reverse=True)
-    table = [("SERVER", "IDLE", "AGE", "WOULD BE")]
-    for (target, verdict), would_be in rows:
-        idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
-        table.append((target.full_name, idle, age, f"{would_be}: {verdict.reason}"))
-    if rows:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for name, idle, age, would_be in table:
-            click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
-    users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if scan.settings.cull_users else ""
-    click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
-    if scan.settings.max_culls:
-        try:
-            scan.settings.max_culls.check(scan)
-        except FuseBlown as error:
-            click.echo(f"But {error}.")
+class Report:
+    """Says what is done: the log on stderr, in lines that begin with the time and the level; the plan on stdout."""
 
+    def __init__(self, settings: Settings) -> None:
+        import logging
 
-def set_up_logging(level: str) -> None:
-    """Log to stderr, in lines that begin with the time and the level."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(level.upper())
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.log = logging.getLogger("cull_idle")
+        self.log.handlers[:] = [handler]
+        self.log.propagate = False
+        self.log.setLevel(settings.level.upper())
+        self._settings = settings
+        self._kept: list[Due[Server] | Due[User]] = []
+
+    @property
+    def keep(self) -> Callable[[Due[Server] | Due[User]], None] | None:
+        """Say what is kept, if that is wanted: at once, or as part of the plan."""
+        if self._settings.level != "debug":
+            return None
+        if self._settings.dry_run:
+            return self._kept.append
+        return lambda kept: self.log.debug("kept %s: %s", kept.target.full_name, kept.verdict.reason)
+
+    def event(self, event: Event) -> None:
+        """Say what became of something due."""
+        level = {Outcome.STOPPING: self.log.warning, Outcome.FAILED: self.log.error}.get(event.outcome, self.log.info)
+        level("%s", event)
+
+    def result(self, result: PassResult, pause: float | None = None) -> None:
+        """Say what a pass came to, and in how many seconds the next one starts."""
+        following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
+        for error in result.errors:
+            self.log.error("%s%s", error, following)
+        if not self._settings.dry_run and (result.running or not result.errors):
+            self.log.info("pass: %s%s", result, following)
+
+    def plan(self, scan: Scan) -> None:
+        """Print what a pass would do, the longest idle first."""
+        verb = "removed" if self._settings.remove_named_servers else "stopped"
+        rows: list[tuple[Due[Server] | Due[User], str]] = [
+            *((due, verb if due.target.name else "stopped") for due in scan.servers.values()),
+            *((due, "deleted") for due in scan.users.values()),
+            *((due, "kept") for due in self._kept),
+        ]
+        rows.sort(key=lambda row: row[0].verdict.idle or ZERO, reverse=True)
+        table = [("SERVER", "IDLE", "AGE", "WOULD BE")]
+        for (target, verdict), would_be in rows:
+            idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
+            table.append((target.full_name, idle, age, f"{would_be}: {verdict.reason}"))
+        if rows:
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            for name, idle, age, would_be in table:
+                click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
+        users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if self._settings.cull_users else ""
+        click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+        if self._settings.max_culls:
+            try:
+                self._settings.max_culls.check(scan)
+            except FuseBlown as error:
+                click.echo(f"But {error}.")
 
 
 # ---- The command line: each option is declared once, as a field of Settings
@@ -1541,14 +1558,15 @@ def option_name(field: str) -> str:
     return field.replace("_", "-")
 
 
-def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
     """Take defaults from a TOML file whose keys are the names of options."""
     import tomllib
 
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
     except ValueError as error:
@@ -1564,6 +1582,8 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
 
 def hub_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     """Check a URL as far as that is possible without asking it."""
+    from urllib.parse import urlsplit
+
     try:
         url = urlsplit(value)
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -1617,6 +1637,7 @@ def boolean(heading: str, help: str, default: str) -> Any:
     return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
 
 
+PATH = click.Path()
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
 
 
@@ -1690,10 +1711,10 @@ class Settings:
         callback=hub_url,
         metavar="URL",
     )
-    token_file: Path | None = option(
+    token_file: str | None = option(
         HUB,
         "Read the API token from this file, again for each pass, and not from $JUPYTERHUB_API_TOKEN.",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
     )
     concurrency: int = option(
@@ -1715,10 +1736,10 @@ class Settings:
     )
 
     ssl_enabled: bool = boolean(HUB, "Use the client certificates of a Hub with internal_ssl.", "false")
-    internal_certs_location: Path = option(
+    internal_certs_location: str = option(
         HUB,
         "The Hub's folder of these; $JUPYTERHUB_SSL_KEYFILE, …CERTFILE and …CLIENT_CA come first, if set.",
-        type=click.Path(path_type=Path),
+        type=PATH,
         default="internal-ssl",
         metavar="DIR",
     )
@@ -1732,10 +1753,10 @@ class Settings:
         metavar="LEVEL",
     )
 
-    config: Path | None = option(
+    config: str | None = option(
         OUTPUT,
         "Take defaults from a TOML file of these options.",
-        type=click.Path(path_type=Path),
+        type=PATH,
         is_eager=True,
         callback=read_config,
         metavar="FILE",
@@ -1783,9 +1804,8 @@ class Settings:
             return ClientTLS(*by_hub)
         if not self.ssl_enabled:
             return None
-        of_hub = self.internal_certs_location / "hub-internal" / "hub-internal"
-        ca = self.internal_certs_location / "hub-ca" / "hub-ca.crt"
-        return ClientTLS(f"{of_hub}.key", f"{of_hub}.crt", str(ca))
+        of_hub = f"{self.internal_certs_location}/hub-internal/hub-internal"
+        return ClientTLS(f"{of_hub}.key", f"{of_hub}.crt", f"{self.internal_certs_location}/hub-ca/hub-ca.crt")
 
 
 ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity_interval, and some time to do it
@@ -1794,15 +1814,15 @@ ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity
 def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
-    set_up_logging(settings.level)
-    if ZERO < settings.timeout < ACTIVITY_INTERVAL:
-        log.warning(
-            "--timeout %s may stop servers in use: a Hub refreshes last_activity every 5m by default"
-            " (JupyterHub.last_activity_interval); from 5m30s on it is safe",
-            format_duration(settings.timeout),
-        )
     with stop_signals() as stop:
-        return Culler(settings, stop).run()
+        culler = Culler(settings, stop)
+        if ZERO < settings.timeout < ACTIVITY_INTERVAL:
+            culler.report.log.warning(
+                "--timeout %s may stop servers in use: a Hub refreshes last_activity every 5m by default"
+                " (JupyterHub.last_activity_interval); from 5m30s on it is safe",
+                format_duration(settings.timeout),
+            )
+        return culler.run()
 
 
 def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import click
@@ -57,7 +56,7 @@ def test_the_defaults_are_the_references(settings_of: Any) -> None:
         api_page_size=200,
         request_timeout=MINUTE,
         ssl_enabled=False,
-        internal_certs_location=Path("internal-ssl"),
+        internal_certs_location="internal-ssl",
         verbose=False,
         quiet=False,
         log_level=None,
