@@ -31,8 +31,9 @@ import click
 
 # What takes long to import is imported where it is needed: --help and --version answer at once.
 if TYPE_CHECKING:
+    import logging
     import socket
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     import requests
 
@@ -60,8 +61,8 @@ class CullError(Exception):
     exit_code: Exit
 
 
-class TokenError(CullError):
-    """There is no usable API token."""
+class UsageError(CullError):
+    """What was given cannot be used."""
 
     exit_code = Exit.USAGE
 
@@ -411,6 +412,23 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     return verdict
 
 
+def due_soon(
+    server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
+) -> tuple[datetime, Verdict] | None:
+    """When a server that is kept `now` will be due and by which limit, if nothing happens and it is within a duration.
+
+    What an arbiter will say, nobody knows.
+    """
+    if policy.arbiter:
+        policy = policy._replace(arbiter=None, timeout=Limit(NEVER))
+    if not judge_server(server, policy, now + within).cull:
+        return None
+    limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
+    due = min(since + limit for since, limit in limits if since and limit <= now + within - since)
+    then = judge_server(server, policy, due)
+    return due, verdict._replace(because=then.because, limit=then.limit)
+
+
 def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a user is to be deleted, its servers left aside. In doubt it is kept."""
     if user.doubt or user.last_activity is None:
@@ -506,6 +524,11 @@ class Rule(NamedTuple):
     timeout: timedelta | None
     max_age: timedelta | None
     keep: bool
+
+    @property
+    def of_users(self) -> bool:
+        """Whether it is about users too: it keeps, and matches nothing of a server."""
+        return self.keep and not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
 
 
 def parse_rule(text: str) -> Rule:
@@ -760,6 +783,7 @@ class Hub:
         }
         self._timeout = request_timeout
         self._tls = tls
+        self.version: str | None = None  # of JupyterHub, as soon as it has said so
         self._thread = threading.local()
         self._adapters: list[requests.adapters.HTTPAdapter] = []
 
@@ -849,6 +873,7 @@ class Hub:
                 content = read_body(response)
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
+        self.version = response.headers.get("X-JupyterHub-Version", self.version)
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")))
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
@@ -972,6 +997,35 @@ class Due(NamedTuple, Generic[Target]):
     verdict: Verdict
 
 
+class Outcome(enum.StrEnum):
+    """What became of something that is due, or soon will be."""
+
+    PLANNED = "planned"  # by a dry run
+    WARNED = "warned"  # kept, but due soon
+    CULLED = "culled"
+    STOPPING = "stopping"
+    GONE = "gone"
+    SPARED = "spared"
+    FAILED = "failed"
+
+
+class Event(NamedTuple):
+    """What became of one server or user."""
+
+    target: Server | User
+    outcome: Outcome
+    reason: str
+    verdict: Verdict
+    error: str = ""  # why it failed
+    due: datetime | None = None  # from when on something that is warned will be culled
+    ends_pass: bool = False  # the token may not do this to anything
+
+    def __str__(self) -> str:
+        deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
+        why = f"{self.reason}; {self.error}" if self.error else self.reason
+        return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {why}"
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Scan:
     """What the user list says, taken in page by page. What is kept is only told, or a large Hub would not fit."""
@@ -982,6 +1036,8 @@ class Scan:
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
+    soon: list[Event] = dataclasses.field(default_factory=list)  # what is kept, and due within --warn-before
+    idle_for: dict[timedelta, int] = dataclasses.field(default_factory=dict)  # how many servers, at least that long
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
@@ -992,7 +1048,7 @@ class Scan:
 
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
-        policies = self.settings.policies
+        policies, warn_before = self.settings.policies, self.settings.warn_before
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
@@ -1003,14 +1059,19 @@ class Scan:
             self.listed += 1
             staying = 0
             for server in servers:
-                verdict = judge_server(server, policies.of_server(server), page.now)
+                policy = policies.of_server(server)
+                verdict = judge_server(server, policy, page.now)
                 self.running += server.ready
+                if self.idle_for and server.ready:
+                    self._measure(verdict)
                 if verdict.cull:
                     self.servers.setdefault((server.user, server.name), Due(server, verdict))
-                else:
-                    staying += 1
-                    if self.keep or verdict.doubt:
-                        self._keep(Due(server, verdict))
+                    continue
+                staying += 1
+                if warn_before and (soon := due_soon(server, verdict, policy, page.now, warn_before)):
+                    self._warn(server, *soon, page.now)
+                elif self.keep or verdict.doubt:
+                    self._keep(Due(server, verdict))
             if user and not staying:
                 verdict = judge_user(user, policies.of_user(user), page.now)
                 if verdict.cull:
@@ -1025,6 +1086,14 @@ class Scan:
         """
         then, at = self.clock
         return min(now, then + timedelta(seconds=time.monotonic() - at))
+
+    def _measure(self, verdict: Verdict) -> None:
+        for step in self.idle_for:
+            self.idle_for[step] += verdict.idle is not None and verdict.idle >= step
+
+    def _warn(self, server: Server, due: datetime, verdict: Verdict, now: datetime) -> None:
+        reason = f"{verdict.reason}; due in {format_duration(due - now, units=2)}"
+        self.soon.append(Event(server, Outcome.WARNED, reason, verdict, due=due))
 
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.verdict.doubt:
@@ -1088,29 +1157,6 @@ class Fuse(NamedTuple):
                 )
 
 
-class Outcome(enum.StrEnum):
-    """What became of something that was due."""
-
-    CULLED = "culled"
-    STOPPING = "stopping"
-    GONE = "gone"
-    SPARED = "spared"
-    FAILED = "failed"
-
-
-class Event(NamedTuple):
-    """What became of one server or user that was due."""
-
-    target: Server | User
-    outcome: Outcome
-    why: str
-    ends_pass: bool = False  # the token may not do this to anything
-
-    def __str__(self) -> str:
-        deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
-        return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {self.why}"
-
-
 @dataclasses.dataclass(eq=False, repr=False)
 class Culling:
     """The second half of a pass: each server and user that the scan found due is looked at once more, and culled."""
@@ -1144,7 +1190,8 @@ class Culling:
             finally:
                 self.ended = True
         for name in staying & self.scan.users.keys():
-            yield Event(self.scan.users[name].target, Outcome.SPARED, "a server is still there")
+            user, verdict = self.scan.users[name]
+            yield Event(user, Outcome.SPARED, "a server is still there", verdict)
 
     def _side_by_side(
         self,
@@ -1167,7 +1214,7 @@ class Culling:
             try:
                 event = patiently(partial(look_and_cull, due), self.stop)
             except HubError as error:
-                return Event(due.target, Outcome.FAILED, f"{due.verdict.reason}; {error}")
+                return Event(due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error))
             self.ended = self.ended or (event is not None and event.ends_pass)
             return event
 
@@ -1188,12 +1235,13 @@ class Culling:
                 # The Hub dates its answer when the request comes, others when they send it, all in whole seconds.
                 now, around = self.scan.not_after(answer.now), timedelta(seconds=time.monotonic() - began + 2)
                 self.stops[server.user].append((now - around, now + around))
-                return Event(server, Outcome.CULLED, verdict.reason + ("; removed" if server.name and remove else ""))
+                removed = "; removed" if server.name and remove else ""
+                return Event(server, Outcome.CULLED, verdict.reason + removed, verdict)
             case 202:
                 waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
-                return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}")
+                return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}", verdict)
             case 404 | 400:
-                return Event(server, Outcome.GONE, f"the Hub {answer}")
+                return Event(server, Outcome.GONE, f"the Hub {answer}", verdict)
         return self._refused(server, verdict, answer, "delete:servers")
 
     def _look_at_server(self, due: Due[Server]) -> Verdict | Event:
@@ -1205,27 +1253,27 @@ class Culling:
         self.looks[user.name].append(user)
         fresh = user.server(server.name) or next((each for each in user.servers if each.doubt), None)
         if fresh is None:
-            return Event(server, Outcome.GONE, "not running any more")
+            return Event(server, Outcome.GONE, "not running any more", verdict)
         if fresh.doubt:
-            return Event(server, Outcome.SPARED, fresh.doubt)
+            return Event(server, Outcome.SPARED, fresh.doubt, verdict)
         if fresh.pending == "stop":
-            return Event(server, Outcome.STOPPING, "the Hub is stopping it already")
+            return Event(server, Outcome.STOPPING, "the Hub is stopping it already", verdict)
         if fresh.started != server.started:
-            return Event(server, Outcome.SPARED, "it was started anew")
+            return Event(server, Outcome.SPARED, "it was started anew", verdict)
         verdict = judge_server(fresh, self.scan.settings.policies.of_server(fresh), self.scan.not_after(now))
-        return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict))
+        return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict), verdict)
 
     def _delete_user(self, user: User, verdict: Verdict) -> Event:
         answer = self.hub.delete_user(user.name)
         match answer.status:
             case 204:
-                return Event(user, Outcome.CULLED, verdict.reason)
+                return Event(user, Outcome.CULLED, verdict.reason, verdict)
             case 202:
-                return Event(user, Outcome.STOPPING, f"{verdict.reason}; a server is not down yet")
+                return Event(user, Outcome.STOPPING, f"{verdict.reason}; a server is not down yet", verdict)
             case 404:
-                return Event(user, Outcome.GONE, f"the Hub {answer}")
+                return Event(user, Outcome.GONE, f"the Hub {answer}", verdict)
             case 400:  # it has a server that is stopping, or is the token's owner
-                return Event(user, Outcome.SPARED, f"the Hub {answer}")
+                return Event(user, Outcome.SPARED, f"the Hub {answer}", verdict)
         return self._refused(user, verdict, answer, "admin:users")
 
     def _look_at_user(self, due: Due[User]) -> Verdict | Event:
@@ -1235,13 +1283,13 @@ class Culling:
         if fresh is None:
             return verdict
         if fresh.servers:
-            return Event(user, Outcome.SPARED, "a server is there again")
+            return Event(user, Outcome.SPARED, "a server is there again", verdict)
         if fresh.created != user.created:
-            return Event(user, Outcome.SPARED, "it was created anew")
+            return Event(user, Outcome.SPARED, "it was created anew", verdict)
         verdict = judge_user(
             self._without_stops(fresh), self.scan.settings.policies.of_user(fresh), self.scan.not_after(now)
         )
-        return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict))
+        return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict), verdict)
 
     def _without_stops(self, user: User) -> User:
         """The user, last active as of all looks, but for activity that was the stop of a server."""
@@ -1253,15 +1301,15 @@ class Culling:
 
     def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
         """The event for a DELETE that did not work."""
-        why = f"{verdict.reason}; the Hub {answer}"
+        error = f"the Hub {answer}"
         if answer.status in (401, 403):
             role = role_for(self.scan.settings, None)
-            why += f"; the token needs the scope {scope}, or before JupyterHub 2.0 to be an admin's: {role}"
-            return Event(target, Outcome.FAILED, why, ends_pass=True)
+            error += f"; the token needs the scope {scope}, or before JupyterHub 2.0 to be an admin's: {role}"
+            return Event(target, Outcome.FAILED, verdict.reason, verdict, error, ends_pass=True)
         owner = target.user if isinstance(target, Server) else target.name
         if answer.status == 500 and not self.hub.knows(owner):  # what JupyterHub 2 to 4 say for a user that is no more
-            return Event(target, Outcome.GONE, f"the Hub {answer}")
-        return Event(target, Outcome.FAILED, why)
+            return Event(target, Outcome.GONE, error, verdict)
+        return Event(target, Outcome.FAILED, verdict.reason, verdict, error)
 
 
 def change_of_mind(verdict: Verdict) -> str:
@@ -1275,10 +1323,16 @@ def change_of_mind(verdict: Verdict) -> str:
 class PassResult:
     """What a pass came to."""
 
+    dry_run: bool
+    started: datetime = dataclasses.field(default_factory=lambda: datetime.now(UTC))
+    version: str | None = None  # of the Hub, as far as it says so
+    listed: bool = False  # the whole user list was read
     running: int = 0
+    idle: int = 0  # servers idle for at least --timeout, if anybody wants to know
     due: int = 0
-    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)
+    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due
     deleted: int = 0  # users; they are not among the outcomes
+    warned: int = 0  # nor are these
     seconds: float = 0
     refused: bool = False  # the token may not do what was due
     errors: list[CullError] = dataclasses.field(default_factory=list)  # of the whole pass
@@ -1286,15 +1340,32 @@ class PassResult:
     @property
     def undone(self) -> int:
         """How many were due and not tried, because the pass ended early."""
-        return self.due - self.deleted - self.outcomes.total()
+        return 0 if self.dry_run else self.due - self.deleted - self.outcomes.total()
+
+    def take(self, scan: Scan) -> None:
+        """Take in what the user list says."""
+        self.listed = scan.error is None
+        self.running = scan.running
+        self.idle = scan.idle_for.get(scan.settings.timeout, 0)
+        self.due = len(scan.servers) + len(scan.users)
+        if scan.error:
+            self.errors.append(scan.error)
 
     def count(self, event: Event) -> None:
-        """Take in what became of something due."""
+        """Take in what became of something."""
         self.refused = self.refused or event.ends_pass
-        if event.outcome is Outcome.CULLED and isinstance(event.target, User):
+        if event.outcome is Outcome.WARNED:
+            self.warned += 1
+        elif event.outcome is Outcome.CULLED and isinstance(event.target, User):
             self.deleted += 1
         else:
             self.outcomes[event.outcome] += 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of how many, in the words of the log."""
+        outcomes = {str(o): self.outcomes[o] for o in Outcome if o not in (Outcome.PLANNED, Outcome.WARNED)}
+        return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned}
 
     @property
     def exit_code(self) -> Exit:
@@ -1307,10 +1378,7 @@ class PassResult:
 
     def __str__(self) -> str:
         counts = [f"{self.running} running", f"{self.due} due"]
-        counts += [f"{self.outcomes[outcome]} {outcome}" for outcome in Outcome if self.outcomes[outcome]]
-        counts += [
-            f"{count} {what}" for count, what in ((self.deleted, "deleted"), (self.undone, "left undone")) if count
-        ]
+        counts += [f"{count} {what}" for what, count in self.counts.items() if count]
         return f"{', '.join(counts)} in {self.seconds:.1f}s"
 
 
@@ -1322,15 +1390,21 @@ class Culler:
         self.stop = stop
         self.report = Report(settings)
         self._scopes_checked = False
+        self._warned: dict[str, datetime | None] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
         """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
-        read_token(self.settings.token_file)
+        token = read_token(self.settings.token_file)
+        if self.settings.explain:
+            with self._hub(token) as hub:
+                for label, fact in explain(hub, self.settings, self.settings.explain):
+                    click.echo(f"{label:9}{fact}")
+            return Exit.DONE
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
             self.report.result(result)
             if self.stop.is_set():
-                self.report.log.error("told to stop before the pass was over")
+                self.report.say("error", "told to stop before the pass was over")
                 return max(result.exit_code, Exit.UNDONE)
             return result.exit_code
         failures = 0
@@ -1342,37 +1416,51 @@ class Culler:
             pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
             self.report.result(result, None if self.stop.is_set() else pause)
             self.stop.wait(pause)
-        self.report.log.info("told to stop")
+        self.report.say("info", "told to stop")
         return Exit.DONE
 
     def make_pass(self) -> PassResult:
         """Scan the Hub once and cull what is due, or show it."""
         began = time.monotonic()
-        result = PassResult()
+        settings, report = self.settings, self.report
+        result = PassResult(settings.dry_run)
         try:
-            settings = self.settings
-            with Hub(settings.url, read_token(settings.token_file), settings.request_timeout, settings.tls) as hub:
+            token = read_token(settings.token_file)
+            with self._hub(token) as hub:
                 self._check_scopes(hub)
-                scan = scan_hub(hub, Scan(settings, self.report.keep), self.stop)
-                result.running = scan.running
-                if scan.error:
-                    result.errors.append(scan.error)
+                scan = Scan(settings, report.keep, idle_for=dict.fromkeys(settings.idle_steps, 0))
+                scan_hub(hub, scan, self.stop)
+                result.take(scan)
+                result.version = hub.version
                 if scan.doubts:
-                    self.report.log.warning("kept %d in doubt; the first: %s", scan.doubts, scan.first_doubt)
+                    report.say("warning", f"kept {scan.doubts} in doubt; the first: {scan.first_doubt}")
                 if settings.dry_run:
-                    self.report.plan(scan)
+                    report.plan(scan)
                 else:
-                    result.due = len(scan.servers) + len(scan.users)
-                    if settings.max_culls:
-                        settings.max_culls.check(scan)
-                    for event in Culling(hub, scan, self.stop).events():
-                        self.report.event(event)
-                        result.count(event)
+                    with report.culling(result.due, token, self.stop):
+                        for event in self._events(hub, scan):
+                            result.count(event)
+                            report.event(event)
         except CullError as error:
             result.errors.append(error)
         result.seconds = time.monotonic() - began
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
+
+    def _hub(self, token: str) -> Hub:
+        return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
+
+    def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
+        """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""
+        warned, self._warned = self._warned, {}
+        for event in scan.soon:
+            name = event.target.full_name
+            self._warned[name] = event.due
+            if warned.get(name) != event.due:
+                yield event
+        if self.settings.max_culls:
+            self.settings.max_culls.check(scan)
+        yield from Culling(hub, scan, self.stop).events()
 
     def _check_scopes(self, hub: Hub) -> None:
         """Complain of missing scopes before anything is done, unless a pass has worked or the Hub cannot tell."""
@@ -1389,7 +1477,7 @@ class Culler:
 
 
 def read_token(path: str | None) -> str:
-    """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises TokenError."""
+    """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
     try:
         token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
@@ -1397,7 +1485,7 @@ def read_token(path: str | None) -> str:
             with open(path) as file:
                 token = file.read()
     except OSError as error:
-        raise TokenError(
+        raise UsageError(
             f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
         ) from None
     except ValueError:
@@ -1405,9 +1493,9 @@ def read_token(path: str | None) -> str:
     token = token.strip()
     if not token:
         where = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
-        raise TokenError(f"{source} {where}: put an API token of the Hub there (README: a first real run).")
+        raise UsageError(f"{source} {where}: put an API token of the Hub there (README: a first real run).")
     if not re.fullmatch("[!-~]+", token):
-        raise TokenError(f"{source} does not hold an API token: a token is one word of plain ASCII characters.")
+        raise UsageError(f"{source} does not hold an API token: a token is one word of plain ASCII characters.")
     return token
 
 
@@ -1434,21 +1522,21 @@ def stop_signals() -> Iterator[threading.Event]:
 
 # ---- What it shows
 
+JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
+HANDFUL = 10  # more than these get a progress bar
+NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
+
 
 class Report:
-    """Says what is done: the log on stderr, in lines that begin with the time and the level; the plan on stdout."""
+    """Says what is done: a log on stderr, results on stdout, figures in a file, notices to a command."""
 
     def __init__(self, settings: Settings) -> None:
-        import logging
-
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self.log = logging.getLogger("cull_idle")
-        self.log.handlers[:] = [handler]
-        self.log.propagate = False
-        self.log.setLevel(settings.level.upper())
+        self._log = open_log(settings.level)
         self._settings = settings
         self._kept: list[Due[Server] | Due[User]] = []
+        self._failures: Counter[str] = Counter()  # of one pass, by what they have in common
+        self._notices: Notices | None = None
+        self._bar: Any = None  # click's, while it is on the screen
 
     @property
     def keep(self) -> Callable[[Due[Server] | Due[User]], None] | None:
@@ -1457,45 +1545,469 @@ class Report:
             return None
         if self._settings.dry_run:
             return self._kept.append
-        return lambda kept: self.log.debug("kept %s: %s", kept.target.full_name, kept.verdict.reason)
+        return lambda kept: self.say("debug", f"kept {kept.target.full_name}: {kept.verdict.reason}")
+
+    def say(self, level: str, sentence: str) -> None:
+        """Log a sentence."""
+        if self._bar:
+            click.echo("\r\033[2K", nl=False, err=True)
+        getattr(self._log, level)("%s", sentence)
 
     def event(self, event: Event) -> None:
-        """Say what became of something due."""
-        level = {Outcome.STOPPING: self.log.warning, Outcome.FAILED: self.log.error}.get(event.outcome, self.log.info)
-        level("%s", event)
+        """Say what became of something due. Failures of one kind are said once, and counted, unless all is wanted."""
+        facts = self._facts(event)
+        if event.outcome is not Outcome.FAILED:
+            self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
+        else:
+            self._fail(str(event), event.error)
+        if self._settings.json:
+            echo_json(facts)
+        if self._notices and event.outcome in NOTIFIED:
+            self._notices.send(facts)
+        if self._bar and event.outcome is not Outcome.WARNED:
+            self._bar.update(1)
+
+    @contextlib.contextmanager
+    def culling(self, due: int, token: str, stop: threading.Event) -> Iterator[None]:
+        """While events come: send notices, wait for them at the end, and show how far it is if somebody looks."""
+        with contextlib.ExitStack() as stack:
+            if self._settings.notify:
+                self._notices = Notices(self._settings.notify, token, stop)
+                stack.callback(self._end_notices)
+            if (
+                due > HANDFUL
+                and sys.stderr.isatty()
+                and self._settings.level in ("debug", "info")
+                and not self._settings.json
+            ):
+                bar: Any = click.progressbar(length=due, show_pos=True, file=sys.stderr)
+                self._bar = stack.enter_context(bar)
+                stack.callback(setattr, self, "_bar", None)
+            yield
 
     def result(self, result: PassResult, pause: float | None = None) -> None:
         """Say what a pass came to, and in how many seconds the next one starts."""
+        for kind, count in self._failures.items():
+            if count > 1:
+                self.say("error", f"{count - 1} more failed in the same way: {kind}")
+        self._failures.clear()
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
         for error in result.errors:
-            self.log.error("%s%s", error, following)
+            self.say("error", f"{error}{following}")
         if not self._settings.dry_run and (result.running or not result.errors):
-            self.log.info("pass: %s%s", result, following)
+            self.say("info", f"pass: {result}{following}")
+        if self._settings.json:
+            echo_json(pass_facts(result, self._settings.url))
+        if self._settings.metrics_file and not self._settings.dry_run:
+            try:
+                write_metrics(self._settings.metrics_file, result)
+            except (OSError, ValueError) as error:
+                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {error}")
 
     def plan(self, scan: Scan) -> None:
-        """Print what a pass would do, the longest idle first."""
-        verb = "removed" if self._settings.remove_named_servers else "stopped"
-        rows: list[tuple[Due[Server] | Due[User], str]] = [
-            *((due, verb if due.target.name else "stopped") for due in scan.servers.values()),
-            *((due, "deleted") for due in scan.users.values()),
-            *((due, "kept") for due in self._kept),
-        ]
-        rows.sort(key=lambda row: row[0].verdict.idle or ZERO, reverse=True)
-        table = [("SERVER", "IDLE", "AGE", "WOULD BE")]
-        for (target, verdict), would_be in rows:
-            idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
-            table.append((target.full_name, idle, age, f"{would_be}: {verdict.reason}"))
-        if rows:
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            for name, idle, age, would_be in table:
-                click.echo(f"{name:{widths[0]}}  {idle:{widths[1]}}  {age:{widths[2]}}  {would_be}")
+        """Show what a pass would do, the longest idle first, and what other timeouts would."""
+        due: list[Due[Server] | Due[User]] = [*scan.servers.values(), *scan.users.values()]
+        planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
+        if self._settings.json:
+            for event in (*planned, *scan.soon):
+                echo_json(self._facts(event))
+            return
+        rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
+        rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
+        rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
+        width = terminal_width()
+        lines = [*table(rows, width)] if rows else []
         users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if self._settings.cull_users else ""
-        click.echo(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+        lines.append(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
         if self._settings.max_culls:
             try:
                 self._settings.max_culls.check(scan)
             except FuseBlown as error:
-                click.echo(f"But {error}.")
+                lines.append(f"But {error}.")
+        if scan.running:
+            lines += ["", *bars(scan.idle_for, self._settings.timeout, width)]
+        click.echo("\n".join(lines), color=wants_color())
+
+    def _would_be(self, event: Event) -> str:
+        if event.outcome is Outcome.WARNED:
+            return "warned"
+        return {"stop": "stopped", "remove": "removed", "delete": "deleted"}[self._action(event.target)]
+
+    def _action(self, target: Server | User) -> str:
+        if isinstance(target, User):
+            return "delete"
+        return "remove" if target.name and self._settings.remove_named_servers else "stop"
+
+    def _facts(self, event: Event) -> dict[str, object]:
+        """An event for programs, as the README documents it."""
+        target, verdict = event.target, event.verdict
+        return {
+            "event": "user" if isinstance(target, User) else "server",
+            "user": target.name if isinstance(target, User) else target.user,
+            "server": None if isinstance(target, User) else target.name,
+            "action": self._action(target),
+            "outcome": event.outcome,
+            "reason": event.reason,
+            "idle_seconds": None if verdict.idle is None else int(verdict.idle.total_seconds()),
+            "age_seconds": None if verdict.age is None else int(verdict.age.total_seconds()),
+            "due": format_time(event.due) if event.due else None,
+            "error": event.error or None,
+        }
+
+    def _fail(self, sentence: str, error: str) -> None:
+        kind = re.sub(r"/users/[^\s:]+", "/users/…", error)
+        self._failures[kind] += 1
+        self.say("error" if self._failures[kind] == 1 else "debug", sentence)
+
+    def _end_notices(self) -> None:
+        notices, self._notices = self._notices, None
+        for name, error in notices.wait() if notices else ():
+            self._fail(f"--notify for {name}: {error}", error)
+
+
+def open_log(level: str) -> logging.Logger:
+    """Log to stderr, in lines that begin with the time and the level, or with a priority if they go to the journal."""
+    import logging
+
+    layout = "%(asctime)s %(levelname)-8s %(message)s"
+    handler = logging.StreamHandler()
+    if goes_to_journal():
+        layout = "<%(priority)d>%(message)s"
+        handler.addFilter(lambda record: vars(record).update(priority=JOURNAL[record.levelname]) is None)
+    handler.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
+    log = logging.getLogger("cull_idle")
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level.upper())
+    return log
+
+
+def goes_to_journal() -> bool:
+    """Whether stderr is the journal's: systemd says which file that would be."""
+    try:
+        stderr = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+def format_time(moment: datetime) -> str:
+    """A moment as programs read it: `2026-11-22T20:14:03Z`."""
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+
+
+def echo_json(facts: Mapping[str, object]) -> None:
+    """Print one line of JSON, at once."""
+    import json
+
+    click.echo(json.dumps(facts))
+
+
+def pass_facts(result: PassResult, url: str) -> dict[str, object]:
+    """A pass for programs, as the README documents it."""
+    return {
+        "event": "pass",
+        "started": format_time(result.started),
+        "hub": url,
+        "version": result.version,
+        "running": result.running,
+        "idle": result.idle,
+        "planned": result.due,
+        **{what.replace(" ", "_"): count for what, count in result.counts.items()},
+        "seconds": round(result.seconds, 3),
+        "dry_run": result.dry_run,
+        "error": "; ".join(map(str, result.errors)) or None,
+    }
+
+
+# ---- A plan, as a table and as bars
+
+IDLE_STEPS = {parse_duration(step): step for step in ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")}
+NARROW = 12  # columns that a name is left with
+READABLE = 24  # columns that a reason needs to stand beside the rest
+COLOURS: Mapping[str, Mapping[str, Any]] = {
+    "kept": {"dim": True},
+    "warned": {"fg": "yellow"},
+    "stopped": {"fg": "red"},
+    "removed": {"fg": "red"},
+    "deleted": {"fg": "red", "bold": True},
+}
+
+
+def wants_color() -> bool | None:
+    """Whether to use colours, None to do so on a terminal only (no-color.org, force-color.org)."""
+    return False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal; None if stdout is none."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = {"W": 2, "F": 2}
+    return sum(
+        wide.get(unicodedata.east_asian_width(c), 1) for c in text if unicodedata.category(c) not in ("Mn", "Me")
+    )
+
+
+def cut_middle(text: str, width: int) -> str:
+    """A text of at most that many columns, at the cost of its middle."""
+    if columns(text) <= width:
+        return text
+    head, tail = text[: width // 2], text[-((width - 1) // 2) :]
+    while columns(head) > width // 2:
+        head = head[:-1]
+    while columns(tail) > (width - 1) // 2:
+        tail = tail[1:]
+    return f"{head}…{tail}"
+
+
+Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what would be done to it, and why
+
+
+def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
+    """Lines of a table that takes no more than that many columns: names are cut in the middle, reasons wrapped."""
+    import textwrap
+
+    cells = []
+    for target, verdict, would_be, reason in rows:
+        idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
+        cells.append((target.full_name, idle, age, would_be, f"{would_be}: {reason}"))
+    header = ("SERVER", "IDLE", "AGE", "", "WOULD BE")
+    names, idles, ages, _, room = (max(map(columns, column)) for column in zip(header, *cells, strict=True))
+    numbers = 2 + idles + 2 + ages + 2
+    beside = True
+    if width is not None and names + numbers + room > width:
+        names = min(names, max(NARROW, width - numbers - room))
+        beside = width - names - numbers >= READABLE
+        room = width - names - numbers if beside else width - 2
+    yield click.style(f"{'SERVER':{names}}  {'IDLE':{idles}}  {'AGE':{ages}}  WOULD BE", bold=True)
+    for full_name, idle, age, would_be, why in cells:
+        name = cut_middle(full_name, names)
+        line = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}  "
+        first, *others = textwrap.wrap(why, room) if columns(why) > room else [why]
+        first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
+        if beside:
+            yield line + first
+            yield from (" " * (names + numbers) + other for other in others)
+        else:
+            yield line.rstrip()
+            yield from (f"  {other}" for other in (first, *others))
+
+
+def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | None) -> Iterator[str]:
+    """A picture of how many servers each of some timeouts would stop, and --timeout."""
+    eighths = " ▏▎▍▌▋▊▉█"
+    try:
+        eighths.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        eighths = " " * 8 + "#"
+    longest = min(40, (width or 80) - 30)
+    most = max(idle_for.values()) or 1
+    yield "idle for at least"
+    for step, count in idle_for.items():
+        full, part = divmod(count * longest * 8 // most, 8)
+        bar = (eighths[-1] * full + eighths[part]).strip()
+        mark = "  <- --timeout" if step == timeout else ""
+        yield f"{IDLE_STEPS.get(step) or format_duration(step):>7}  {bar}{' ' * bool(bar)}{count}{mark}"
+
+
+# ---- Figures for Prometheus
+
+
+def write_metrics(path: str, result: PassResult) -> None:
+    """Write what node_exporter's textfile collector reads, whole or not at all. Counters go on from what is there.
+
+    Raises OSError. https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    before = read_metrics(path)
+    ended = result.started.timestamp() + result.seconds
+    success = ended if result.exit_code is Exit.DONE else before.get("cull_idle_last_success_timestamp_seconds", 0)
+    outcomes = (Outcome.CULLED, Outcome.STOPPING, Outcome.GONE, Outcome.SPARED, Outcome.FAILED)
+    families: list[tuple[str, str, Mapping[str, float]]] = [
+        ("passes_total", "Passes.", {"": 1}),
+        ("failed_passes_total", "Passes that did not do all they set out to do.", {"": bool(result.exit_code)}),
+        (
+            "outcomes_total",
+            "What became of servers, and of users that were not deleted, that were due.",
+            {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in outcomes},
+        ),
+        ("deleted_users_total", "Users that were deleted.", {"": result.deleted}),
+        ("warned_servers_total", "Servers that --warn-before reported.", {"": result.warned}),
+        ("pass_duration_seconds", "Time that the last pass took.", {"": result.seconds}),
+        ("last_pass_timestamp_seconds", "When the last pass ended.", {"": ended}),
+        ("last_success_timestamp_seconds", "When the last pass ended that did all it set out to do.", {"": success}),
+    ]
+    if result.listed:
+        families += [
+            ("running_servers", "Servers that were ready in the last pass.", {"": result.running}),
+            (
+                "idle_servers",
+                "Ready servers that were idle for at least --timeout in the last pass.",
+                {"": result.idle},
+            ),
+            ("planned", "Servers and users that were due in the last pass.", {"": result.due}),
+        ]
+    lines = []
+    for name, meaning, samples in families:
+        counts = name.endswith("_total")
+        lines += [f"# HELP cull_idle_{name} {meaning}", f"# TYPE cull_idle_{name} {'counter' if counts else 'gauge'}"]
+        for labels, value in samples.items():
+            sample = f"cull_idle_{name}{labels}"
+            lines.append(f"{sample} {round(value + (before.get(sample, 0) if counts else 0), 3)}")
+    unfinished = f"{path}.{os.getpid()}"
+    try:
+        with open(unfinished, "w") as file:
+            file.write("\n".join(lines) + "\n")
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        raise
+
+
+def read_metrics(path: str) -> dict[str, float]:
+    """What a metrics file holds; nothing if there is none yet. Raises OSError, or ValueError if it is another file."""
+    try:
+        with open(path) as file:
+            text = file.read()
+    except FileNotFoundError:
+        return {}
+    if text and not text.startswith("# HELP cull_idle_"):
+        raise ValueError("it is not one of cull_idle.py's, and is not overwritten")
+    return {name: float(value) for name, value in re.findall(r"^(cull_idle_\S+) ([0-9.]+)$", text, re.MULTILINE)}
+
+
+# ---- Notices: a command of the administrator's own
+
+NOTICE_SECONDS = 30  # for one command
+NOTICES_AT_ONCE = 4
+
+
+class Notices:
+    """Runs a command for each event, a few at a time, with the event as JSON on its standard input."""
+
+    def __init__(self, command: Sequence[str], token: str, stop: threading.Event) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._command = command
+        self._environment = {
+            name: value for name, value in os.environ.items() if name != "JUPYTERHUB_API_TOKEN" and token not in value
+        }
+        self._stop = stop
+        self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
+        self._running: list[tuple[str, Future[str]]] = []
+
+    def send(self, facts: Mapping[str, Any]) -> None:
+        """Run the command soon."""
+        name = printable(f"{facts['user']}/{facts['server']}" if facts["server"] else facts["user"])
+        self._running.append((name, self._workers.submit(self._run, facts)))
+
+    def wait(self) -> list[tuple[str, str]]:
+        """Wait for all; returns for whom it failed, and how. When told to stop, those not yet begun are left out."""
+        with self._workers:
+            return [(name, error) for name, future in self._running if (error := future.result())]
+
+    def _run(self, facts: Mapping[str, Any]) -> str:
+        import json
+        import subprocess
+        import tempfile
+
+        if self._stop.is_set():
+            return "told to stop before it was run"
+        variables = {"EVENT": facts["outcome"], "USER": facts["user"], "SERVER": facts["server"], "DUE": facts["due"]}
+        environment = self._environment | {f"CULL_IDLE_{name}": value or "" for name, value in variables.items()}
+        with tempfile.TemporaryFile() as complaints:
+            try:
+                process = subprocess.Popen(  # noqa: S603 (the administrator's own command)
+                    self._command,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=complaints,
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
+                return f"{self._command[0]} cannot be run: {shorten(str(error))}"
+            try:
+                process.communicate(json.dumps(facts).encode(), NOTICE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"{self._command[0]} was not done after {NOTICE_SECONDS}s, and was killed"
+            complaints.seek(0)
+            words = shorten(complaints.read(READ_SIZE).decode(errors="replace")) or "no word of why"
+        return f"{self._command[0]} exited with {process.returncode}: {words}" if process.returncode else ""
+
+
+# ---- The reasons for one decision
+
+
+def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]]:
+    """All that decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
+
+    Raises CullError.
+    """
+    user_name, _, server_name = name.partition("/")
+    user, now = hub.user(user_name)
+    if user is None:
+        raise UsageError(f"--explain: {hub.url} knows no user {shorten(user_name, 40)!r}.")
+    ahead = round((now - datetime.now(UTC)).total_seconds())
+    drift = f", {format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    yield "hub", f"{hub.url}, JupyterHub {shorten(hub.version, 20) if hub.version else 'of an unknown version'}"
+    yield "clock", format_time(now) + (drift if abs(ahead) > 1 else "")
+    server = user.server(server_name) or next((each for each in user.servers if each.doubt), None)
+    if server:
+        policy = settings.policies.of_server(server)
+        verdict = judge_server(server, policy, now)
+        yield "server", server.full_name
+        yield (
+            "ready",
+            ("yes" if server.ready else "no") + (f", pending {shorten(server.pending, 20)}" * bool(server.pending)),
+        )
+        yield from explain_limits(server, server.started, verdict, policy, settings.rule)
+        yield "verdict", f"{'would be stopped' if verdict.cull else 'kept'}: {verdict.reason}"
+    else:
+        others = ", ".join(each.full_name for each in user.servers)
+        yield "server", f"{printable(name)} is not running" + (f", only {others}" if others else "")
+    if settings.cull_users and not server_name:
+        rules = [rule for rule in settings.rule if rule.of_users]
+        policy = settings.policies.of_user(user)
+        verdict = judge_user(user, policy, now)
+        yield "user", printable(user.name)
+        yield from explain_limits(user, user.created, verdict, policy, rules)
+        staying = " once no server is left" if user.servers else ""
+        yield "verdict", f"{f'would be deleted{staying}' if verdict.cull else 'kept'}: {verdict.reason}"
+
+
+def explain_limits(
+    target: Server | User, born: datetime | None, verdict: Verdict, policy: Policy, rules: Sequence[Rule]
+) -> Iterator[tuple[str, str]]:
+    """What is measured of a server or a user, which rule applies, and what the limits come to."""
+    active = target.last_activity
+    birth = "started" if isinstance(target, Server) else "created"
+    for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
+        ago = f", {format_duration(measured)} ago" if measured is not None else ""
+        yield label, f"{format_time(moment)}{ago}" if moment else "unknown"
+    for rule in rules:
+        misfits = [field for field, glob in rule.matches if not any(map(glob.match, target.facts(field) or ()))]
+        if not misfits:
+            yield "rule", f"{rule.text}: applies"
+            break
+        values = ", ".join(target.facts(misfits[0]) or ("none",))
+        yield "rule", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
+    for label, limit, since in (("timeout", policy.timeout, active), ("max-age", policy.max_age, born)):
+        latest = datetime(LAST_YEAR, 1, 1, tzinfo=UTC)
+        reached = since and limit.duration < latest - since and f", reached at {format_time(since + limit.duration)}"
+        yield label, str(limit) + (reached or "")
 
 
 # ---- The command line: each option is declared once, as a field of Settings
@@ -1551,6 +2063,37 @@ def read_arbiter(_ctx: click.Context, _param: click.Parameter, value: str | None
         return load_arbiter(value) if value else None
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def read_command(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Split a command as a shell would."""
+    import shlex
+    import shutil
+
+    if value is None:
+        return None
+    try:
+        words = tuple(shlex.split(value))
+    except ValueError as error:
+        raise click.BadParameter(f"{shorten(value)!r}: {error}.") from None
+    if not words or not shutil.which(words[0]):
+        raise click.BadParameter(f"{shorten(words[0] if words else value)!r} is no program that can be run.")
+    return words
+
+
+def check_metrics_file(_ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
+    """Refuse what could not be written after a pass, or is another file."""
+    if path is None:
+        return None
+    try:
+        read_metrics(path)
+    except ValueError as error:
+        raise click.BadParameter(f"{path} is there already: {error}.") from None
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}.") from None
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise click.BadParameter(f"{path} cannot be written: its folder must exist and be writable.")
+    return path
 
 
 def option_name(field: str) -> str:
@@ -1702,6 +2245,11 @@ class Settings:
     dry_run: bool = option(
         WHEN, "Decide and show, change nothing, exit; with -v show what is kept too.", is_flag=True, show_default=False
     )
+    explain: str | None = option(
+        WHEN,
+        "Say all that decides about a user's default server, or a named one, change nothing, exit.",
+        metavar="USER[/SERVER]",
+    )
 
     url: str = option(
         HUB,
@@ -1753,6 +2301,26 @@ class Settings:
         metavar="LEVEL",
     )
 
+    json: bool = option(OUTPUT, "Print events as JSON Lines.", is_flag=True, show_default=False)
+    warn_before: timedelta | None = option(
+        OUTPUT,
+        "Report servers that will be due within this time if nothing happens.",
+        **duration(most=LONGEST),
+    )
+    notify: tuple[str, ...] | None = option(
+        OUTPUT,
+        "Run this for each server or user warned, culled, stopping or failed, with its JSON on standard input.",
+        callback=read_command,
+        metavar="COMMAND",
+    )
+    metrics_file: str | None = option(
+        OUTPUT,
+        "After each pass write figures for node_exporter's textfile collector.",
+        type=PATH,
+        callback=check_metrics_file,
+        metavar="FILE",
+    )
+
     config: str | None = option(
         OUTPUT,
         "Take defaults from a TOML file of these options.",
@@ -1766,6 +2334,13 @@ class Settings:
     def level(self) -> str:
         """The level of the log."""
         return self.log_level or ("debug" if self.verbose else "error" if self.quiet else "info")
+
+    @property
+    def idle_steps(self) -> list[timedelta]:
+        """The idle times for which servers are counted."""
+        if self.dry_run:
+            return sorted({*IDLE_STEPS, self.timeout} - {NEVER})
+        return [self.timeout] if self.json or self.metrics_file else []
 
     @property
     def interval(self) -> timedelta:
@@ -1814,13 +2389,15 @@ ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity
 def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
+    if settings.warn_before and ZERO < settings.timeout <= settings.warn_before:
+        raise click.UsageError("--warn-before must be shorter than --timeout, or it would warn of servers in use.")
     with stop_signals() as stop:
         culler = Culler(settings, stop)
         if ZERO < settings.timeout < ACTIVITY_INTERVAL:
-            culler.report.log.warning(
-                "--timeout %s may stop servers in use: a Hub refreshes last_activity every 5m by default"
-                " (JupyterHub.last_activity_interval); from 5m30s on it is safe",
-                format_duration(settings.timeout),
+            culler.report.say(
+                "warning",
+                f"--timeout {format_duration(settings.timeout)} may stop servers in use: a Hub refreshes last_activity"
+                " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe",
             )
         return culler.run()
 

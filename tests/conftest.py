@@ -29,6 +29,11 @@ class Result(NamedTuple):
         """The lines on stderr, without their timestamps."""
         return TIMESTAMP.sub("", self.err).splitlines()
 
+    @property
+    def table(self) -> list[str]:
+        """What a dry run shows above the bars."""
+        return self.out.partition("\n\n")[0].splitlines()
+
 
 class Cull(Protocol):
     """Runs the program."""

@@ -61,7 +61,7 @@ def dated(shift: timedelta | None, of: Reply = Exchange.normal) -> Reply:
 def test_a_hub_whose_clock_is_off_gets_the_same_decisions_for_the_same_reasons(cull: Cull, off: timedelta) -> None:
     expected, shown = plan(cull, timedelta(0)), plan(cull, off)
     assert shown == expected
-    would_be = {line.split()[0]: line for line in expected.out.splitlines()}
+    would_be = {line.split()[0]: line for line in expected.table}
     assert "stopped: idle 2h" in would_be["idle"]
     assert "stopped: age 9h" in would_be["old"]
     assert "kept: idle 59m30s" in would_be["almost"]

@@ -60,6 +60,11 @@ def test_the_defaults_are_the_references(settings_of: Any) -> None:
         verbose=False,
         quiet=False,
         log_level=None,
+        json=False,
+        explain=None,
+        warn_before=None,
+        notify=None,
+        metrics_file=None,
         config=None,
     )
     assert settings.interval == 5 * MINUTE

@@ -22,7 +22,7 @@ from cull_idle import (
     Scan,
     Server,
     Settings,
-    TokenError,
+    UsageError,
     User,
     parse_duration,
     parse_http_date,
@@ -511,7 +511,7 @@ def test_a_loop_does_not_begin_without_a_token(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("JUPYTERHUB_API_TOKEN", raising=False)
     stop = threading.Event()
     stop.set()
-    with pytest.raises(TokenError):
+    with pytest.raises(UsageError):
         Culler(settings_of(), stop).run()
 
 

@@ -83,8 +83,8 @@ OUTCOMES = {
     "d": {
         "first page": Pass("", "", 3, 1),
         "middle page": Pass("", "", 3, 2),
-        "look": Pass("ann", "", 1, 4),
-        "DELETE": Pass("ann", "", 1, 4),
+        "look": Pass("ann", "", 1, 2),  # three failures, of which two are only counted
+        "DELETE": Pass("ann", "", 1, 2),
     },
     # In doubt a user is kept: ann on the first page, else bob.
     "k": {

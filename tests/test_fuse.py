@@ -64,7 +64,7 @@ def test_a_dry_run_tells_that_the_fuse_would_blow(cull_scripted: Cull, scripted:
     fill(scripted, due=3, busy=7)
     result = cull_scripted("--dry-run", "--timeout=1h", "--max-culls=2")
     assert result.exit_code == 0
-    assert "But nothing is culled, because 3 of 10 servers are due and --max-culls is 2;" in result.out.splitlines()[-1]
+    assert "But nothing is culled, because 3 of 10 servers are due and --max-culls is 2;" in result.table[-1]
 
 
 @pytest.mark.parametrize("value", ["", "-1", "x", "1.5", "101%", "%", "5 %", "5%%"])

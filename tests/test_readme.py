@@ -219,7 +219,7 @@ def test_the_sample_of_a_pass_is_what_the_program_logs(cull_scripted: Cull, scri
 
 def add_shown(scripted: ScriptedHub, table: str) -> None:
     """Put the servers of a dry run's table on the Hub."""
-    for line in table.splitlines()[1:-1]:
+    for line in table.partition("\n\n")[0].splitlines()[1:-1]:
         full_name, idle, age, _ = re.split("  +", line)
         name, _, server = full_name.partition("/")
         seconds = (cull_idle.parse_duration(text).total_seconds() + 30 for text in (idle, age))

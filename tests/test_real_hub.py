@@ -199,7 +199,7 @@ def test_a_dry_run_shows_what_would_be_stopped_the_longest_idle_first(hub: RealH
     hub.spawn_many([("ann", "gpu", IDLE), ("bob", "", BUSY), ("cat", "", {"idle_seconds": 4 * HOUR + 90})])
     result = cull_real("--dry-run", "--timeout=1h")
     assert result.exit_code == 0
-    assert result.out.splitlines() == [
+    assert result.table == [
         "SERVER   IDLE   AGE    WOULD BE",
         "cat      4h01m  4h01m  stopped: idle 4h01m, limit 1h",
         "ann/gpu  2h01m  2h01m  stopped: idle 2h01m, limit 1h",
@@ -221,7 +221,7 @@ def test_a_dry_run_shows_the_users_who_would_be_deleted(hub: RealHub, cull_real:
     result = cull_real(
         "--dry-run", "--timeout=1h", "--cull-users", "--remove-named-servers", token=hub.user_culler_token
     )
-    assert result.out.splitlines() == [
+    assert result.table == [
         "SERVER    IDLE   AGE    WOULD BE",
         "user bob  3h01m  9h01m  deleted: idle 3h01m, limit 1h",
         "ann/gpu   2h01m  2h01m  removed: idle 2h01m, limit 1h",

@@ -162,5 +162,5 @@ def test_an_answer_that_ends_with_its_connection_is_read_whole(cull_scripted: Cu
     scripted.fault("GET", "/users", raw(head + json.dumps(users).encode()))
     result = cull_scripted("--timeout", "1h", "--dry-run")
     assert result.exit_code == 0
-    assert result.out.endswith("2000 of 2000 running servers would be stopped.\n")
+    assert result.table[-1] == "2000 of 2000 running servers would be stopped."
     assert len(scripted.lines("GET")) == 2
