@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -1502,6 +1501,8 @@ def read_token(path: str | None) -> str:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set; a second signal ends the program at once."""
+    import signal
+
     stop = threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
@@ -1722,7 +1723,7 @@ def pass_facts(result: PassResult, url: str) -> dict[str, object]:
 
 # ---- A plan, as a table and as bars
 
-IDLE_STEPS = {parse_duration(step): step for step in ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")}
+IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")
 NARROW = 12  # columns that a name is left with
 READABLE = 24  # columns that a reason needs to stand beside the rest
 COLOURS: Mapping[str, Mapping[str, Any]] = {
@@ -1810,6 +1811,7 @@ def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | Non
         eighths.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
         eighths = " " * 8 + "#"
+    labels = {parse_duration(step): step for step in IDLE_STEPS}
     longest = min(40, (width or 80) - 30)
     most = max(idle_for.values()) or 1
     yield "idle for at least"
@@ -1817,7 +1819,7 @@ def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | Non
         full, part = divmod(count * longest * 8 // most, 8)
         bar = (eighths[-1] * full + eighths[part]).strip()
         mark = "  <- --timeout" if step == timeout else ""
-        yield f"{IDLE_STEPS.get(step) or format_duration(step):>7}  {bar}{' ' * bool(bar)}{count}{mark}"
+        yield f"{labels.get(step) or format_duration(step):>7}  {bar}{' ' * bool(bar)}{count}{mark}"
 
 
 # ---- Figures for Prometheus
@@ -1918,6 +1920,7 @@ class Notices:
 
     def _run(self, facts: Mapping[str, Any]) -> str:
         import json
+        import signal
         import subprocess
         import tempfile
 
@@ -2339,7 +2342,7 @@ class Settings:
     def idle_steps(self) -> list[timedelta]:
         """The idle times for which servers are counted."""
         if self.dry_run:
-            return sorted({*IDLE_STEPS, self.timeout} - {NEVER})
+            return sorted({*map(parse_duration, IDLE_STEPS), self.timeout} - {NEVER})
         return [self.timeout] if self.json or self.metrics_file else []
 
     @property
