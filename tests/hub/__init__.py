@@ -279,6 +279,15 @@ class RealHub:
             wanted = {full_name(name, server) for name, server, _ in servers}
             self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
 
+    def inherit(self, users: Iterable[tuple[str, float, Mapping[str, Mapping[str, object]]]]) -> list[str]:
+        """What an older Hub has left, of names that a new one may refuse; needs a Hub since 6.0.
+
+        Users are given as (name, idle_seconds, user_options of their running servers by name), the options with
+        idle_seconds. Who is known already is only made idle that long. Returns which users this Hub refuses.
+        """
+        refused: list[str] = self._backdoor("inherit", users=list(users))
+        return refused
+
     def touch(self, name: str, server: str = "", *, idle_seconds: float = 0) -> None:
         """Make a server last active that long ago, as if it or its proxy had told the Hub."""
         self._backdoor("server", name=name, server=server, last_activity=idle_seconds)
