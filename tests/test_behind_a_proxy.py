@@ -1,16 +1,17 @@
-"""The Hub's API behind a proxy: another port, prefix and host name, a certificate of a private CA."""
+"""The Hub's API behind a proxy: another port, prefix and host name, a certificate of a private CA, rewritten paths."""
 
 from __future__ import annotations
 
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from posixpath import normpath
 from typing import Any, ClassVar, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import requests
@@ -22,6 +23,31 @@ import cull_idle
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 60}
 IDLE_USER = {**IDLE, "user_idle_seconds": 2 * 3600 + 90}
+# As a proxy passes paths on, once its own prefix is cut off.
+Rewrite = Callable[[str], str]
+
+
+def unchanged(path: str) -> str:
+    return path
+
+
+def dots_resolved(path: str) -> str:
+    """As configurable-http-proxy 5.3 does: `%2E` is a dot, and a path of dots leads up or nowhere."""
+    return resolved("/".join(unquote(part) if not unquote(part).strip(".") else part for part in path.split("/")))
+
+
+def decoded(path: str) -> str:
+    """As nginx does where its proxy_pass ends in a path: decoded, resolved, and some of it encoded again."""
+    return quote(resolved(unquote(path)), safe="/;+&'@[]!$()*,:=~")
+
+
+def decoded_for_good(path: str) -> str:
+    """As nginx does where its proxy_pass ends in $uri."""
+    return resolved(unquote(path))
+
+
+def resolved(path: str) -> str:
+    return normpath(path) + ("/" if path.endswith(("/", "/.", "/..")) else "")
 
 
 class ReverseProxy(ThreadingHTTPServer):
@@ -31,13 +57,14 @@ class ReverseProxy(ThreadingHTTPServer):
     request_queue_size = 64
     prefix: ClassVar = "/outside"
 
-    def __init__(self, hub: RealHub, certificates: Path) -> None:
+    def __init__(self, hub: RealHub, certificates: Path, rewrite: Rewrite = unchanged) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificates / "proxy/proxy.crt", certificates / "proxy/proxy.key")
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         inside = urlsplit(hub.url)
         self.hub = f"{inside.hostname}:{inside.port}"
+        self.rewrite = rewrite
         self.url = f"https://127.0.0.1:{self.server_port}{self.prefix}{inside.path}"
         self.trusted = {"REQUESTS_CA_BUNDLE": str(certificates / "private-ca/private-ca.crt")}
 
@@ -60,11 +87,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path = self.path.removeprefix(self.server.prefix)
+        path, question_mark, query = self.path.partition("?")
+        path = self.server.rewrite(path.removeprefix(self.server.prefix))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {**self.headers, "Host": "hub.invalid", "Connection": "close"}
         inside = HTTPConnection(self.server.hub, timeout=30)
-        inside.request(self.command, path, body, headers)
+        inside.request(self.command, path + question_mark + query, body, headers)
         answer = inside.getresponse()
         content = answer.read()
         inside.close()
@@ -189,6 +217,30 @@ def test_odd_names_are_culled_through_a_proxy(odd_hub: RealHub, proxy: ReversePr
     result = cull(*flags, token=odd_hub.user_culler_token, env=proxy.trusted)
     assert (result.exit_code, odd_hub.running()) == (0, BUSY_SERVERS)
     assert odd_hub.users() == {"ann", "bob", "busy"}
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "code", "kept"),
+    [
+        (dots_resolved, "%2E", {".", ".."}),
+        (decoded, "%2F", {".", "..", "a/b", "x/../gpu", "../../ann/server", "../ann"}),
+        (decoded_for_good, "%3F", {*ODD_SERVERS} - {"..."}),
+    ],
+    ids=["dots resolved", "decoded", "decoded for good"],
+)
+def test_a_proxy_that_rewrites_paths_leads_to_nobody_else(
+    odd_hub: RealHub, certificates: Path, cull: Cull, rewrite: Rewrite, code: str, kept: set[str]
+) -> None:
+    with ReverseProxy(odd_hub, certificates, rewrite) as proxy:
+        flags = ("--once", "--timeout=1h", "--cull-users", "--url", proxy.url)
+        result = cull(*flags, token=odd_hub.user_culler_token, env=proxy.trusted)
+    assert odd_hub.running() >= BUSY_SERVERS
+    assert odd_hub.users() >= {"ann", "bob", "busy"}
+    assert {name for name in odd_hub.running() if name.startswith("bob/")} - BUSY_SERVERS == {
+        f"bob/{name}" for name in kept
+    }
+    assert result.exit_code == 1
+    assert f"a proxy on the way to {proxy.url} rewrites {code} in paths" in result.err
 
 
 def assert_one_sentence(result: Result, part: str) -> None:
