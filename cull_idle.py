@@ -785,6 +785,7 @@ class Hub:
         self.version: str | None = None  # of JupyterHub, as soon as it has said so
         self._thread = threading.local()
         self._adapters: list[requests.adapters.HTTPAdapter] = []
+        self._rewritten: dict[str, bool] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -846,6 +847,19 @@ class Hub:
         """Tell the Hub to delete a user, and to stop the user's servers first."""
         return self._ask("DELETE", f"/users/{segment(name)}")
 
+    def check_way_for(self, *names: str) -> None:
+        """Raise HubError if a proxy on the way to the Hub would make another's path of one with these names.
+
+        configurable-http-proxy does of one with a server named `.`, and nginx of one with `../../ann/server` if its
+        proxy_pass ends in a path.
+        """
+        for code in {code for name in names for code in risky_codes(name)}:
+            if self._rewrites(code):
+                raise HubError(
+                    f"a proxy on the way to {self.url} rewrites {code} in paths, so that this name may come to mean"
+                    " another's; it must pass paths on unchanged, or --url lead past it"
+                )
+
     def identity(self) -> Identity | None:
         """Whose the token is and which scopes it has; None from Hubs that cannot tell (before 2.0)."""
         answer = self._ask("GET", "/user")
@@ -854,6 +868,17 @@ class Hub:
                 case {"kind": str(kind), "name": str(name), "scopes": list(scopes)}:
                     return Identity(kind, name, {str(scope).partition("!")[0] for scope in scopes})
         return None
+
+    def _rewrites(self, code: str) -> bool:
+        """Whether the user list is found where it is only if this code is decoded."""
+        if code not in self._rewritten:
+            answer = self._ask("GET", LEADS_TO_USERS[code], {"limit": 1})
+            try:
+                found = answer.json()
+            except ValueError:
+                found = None
+            self._rewritten[code] = isinstance(found, list) or (isinstance(found, dict) and "items" in found)
+        return self._rewritten[code]
 
     def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
         """Send one request and read its answer."""
@@ -906,6 +931,17 @@ def segment(name: str) -> str:
 
     quoted = quote(name, safe="", errors="surrogatepass")
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
+
+
+# Below the API's path, and by what is to be decoded in it for it to become that of the user list: else it is none.
+LEADS_TO_USERS = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
+
+
+def risky_codes(name: str) -> list[str]:
+    """What must not be decoded in a name's segment, because it would be more than one then, or none, or another."""
+    if name in (".", ".."):
+        return ["%2E"]
+    return ["%2F"] * ("/" in name) + ["%3F"] * any(sign in name for sign in "?#%")
 
 
 def parse_retry_after(text: str | None, now: datetime) -> float:
@@ -1246,6 +1282,7 @@ class Culling:
     def _look_at_server(self, due: Due[Server]) -> Verdict | Event:
         """Decide again on the fresh model; without one, it is for the DELETE to tell."""
         server, verdict = due
+        self.hub.check_way_for(server.user, server.name)
         user, now = self.hub.user(server.user)
         if user is None:
             return verdict
@@ -1278,6 +1315,7 @@ class Culling:
     def _look_at_user(self, due: Due[User]) -> Verdict | Event:
         """Decide again, now that its servers are stopped; that is not to count as activity, all else is."""
         user, verdict = due
+        self.hub.check_way_for(user.name)
         fresh, now = self.hub.user(user.name)
         if fresh is None:
             return verdict

@@ -125,7 +125,7 @@ class Seen:
 
     @property
     def is_look(self) -> bool:
-        return self.request.method == "GET" and len(self.request.segments) == 2
+        return self.request.method == "GET" and self.request.segments[:-1] == ("users",)
 
     @property
     def is_page(self) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import unicodedata
+from collections.abc import Callable
 from urllib.parse import quote, unquote
 
 import pytest
 from conftest import Cull
+from hub import RealHub, full_name
 from scripted_hub import PREFIX, ScriptedHub, edited, redirect, respond_json
 
 import cull_idle
@@ -181,3 +185,95 @@ def test_a_name_is_percent_encoded_with_nothing_safe(cull_scripted: Cull, script
     scripted.add(name, idle=LONG_AGO)
     cull_scripted("--timeout", "1h", "--cull-users")
     assert raw_deletes(scripted) == [f"/users/{quote(name, safe='')}/server", f"/users/{quote(name, safe='')}"]
+
+
+# Letters, marks, digits and signs, a few of each: the more alike, the better can one be taken for another.
+SCRIPTS = [
+    "abcABC019-_.",
+    "\u00e4\u00f6\u00fc\u00df\u0130\u0131\u01c5\ufb01\u212b\u00c5",  # of several cases, or none, or compatible only
+    "\u03b1\u03b2\u03c3\u03c2\u03a3\u1fb3",  # Greek
+    "\u0430\u0431\u0432\u0451\u0419",  # Cyrillic
+    "\u05d0\u05d1\u05b0\u05e9\u05c1",  # Hebrew, right to left
+    "\u0627\u0644\u0628\u064e\u0661\ufefb",  # Arabic
+    "\u0915\u094d\u0937\u093f",  # Devanagari
+    "\u0e01\u0e33\u0e49",  # Thai
+    "\u1100\u1161\u11a8\uac01",  # Hangul, in parts and whole
+    "\u3042\u30ab\u3099\uff76\u6f22\u5b57",  # Kana of several widths, Han
+    "\U00010330\U00010400\U0001d49c\U00020000",  # beyond the 16 bits
+    "\U0001f600\U0001f468\u200d\U0001f469\u2764\ufe0f\U0001f1e9\U0001f3fd",  # emoji and their joints
+    "e\u0301o\u0308\u0323\u20dd",  # combining marks
+    "%?#&+;=@:,!$()*[]{}<>|\\^`~'\" /",
+    "\t\n\r\x00\x1b\x7f\x9b\u00a0\u200b\u2028\u202e\ufeff\ufffd",
+]
+# What makes of a name another one that is taken for it where somebody normalizes, decodes or cuts off.
+TWINS: list[Callable[[str], str]] = [
+    str.upper,
+    str.lower,
+    str.casefold,
+    lambda name: unicodedata.normalize("NFC", name),
+    lambda name: unicodedata.normalize("NFD", name),
+    lambda name: unicodedata.normalize("NFKC", name),
+    lambda name: quote(name, safe=""),
+    lambda name: quote(quote(name, safe="")),
+    lambda name: f"{name}?x",
+    lambda name: f"{name}#x",
+    lambda name: f"{name};x",
+    lambda name: f"{name}%00",
+    lambda name: f"{name}%2Fserver",
+    lambda name: f"{name}%2F..",
+    lambda name: f"{name}/server",
+    lambda name: f" {name}",
+    lambda name: f"{name}.",
+]
+SPECIAL = [
+    *[".", "..", "...", "%2e", "%2E%2E", "/", "../..", "server", "servers", "users", "user", "null", "0"],
+    "x" * 2000,
+]
+
+
+def generated_names(count: int) -> list[str]:
+    """So many different names, the same every time; twins stand side by side."""
+    chance = random.Random(2026)
+    names = dict.fromkeys(SPECIAL)
+    while len(names) < count:
+        scripts = chance.sample(SCRIPTS, chance.randint(1, 3))
+        length = 400 if chance.random() < 0.02 else chance.randint(1, 12)
+        name = "".join(chance.choice(chance.choice(scripts)) for _ in range(length))
+        names |= dict.fromkeys([name, chance.choice(TWINS)(name)])
+    return list(names)[:count]
+
+
+def test_of_500_generated_names_all_that_are_idle_and_no_others_are_culled(cull: Cull) -> None:
+    """A name is another's twin, and beside it in the list; every other one is idle."""
+    names = generated_names(570)  # some fifty of them are refused
+    servers = dict(zip(names, reversed(names), strict=True))  # of what names an older Hub took
+    with RealHub() as hub:
+        refused = hub.inherit(
+            (name, 60, {servers[name]: {"idle_seconds": LONG_AGO if number % 2 else 60}})
+            for number, name in enumerate(names)
+        )
+        taken = [(number % 2 == 1, name) for number, name in enumerate(names) if name not in refused]
+        assert hub.users() == {name for _, name in taken}
+        assert len(taken) >= 500
+        assert 0 < len(refused) < 250
+        idle, busy = (
+            {full_name(name, servers[name]) for due, name in taken if due is wanted} for wanted in (True, False)
+        )
+        assert min(len(idle), len(busy)) >= 250
+
+        result = cull("--once", "--timeout=1h", "--url", hub.url, token=hub.culler_token)
+        assert hub.running() == busy
+        assert {line.rpartition(": idle ")[0] for line in result.lines[:-1]} == {
+            f"INFO     culled {cull_idle.printable(each)}" for each in idle
+        }
+        assert f"{len(taken)} running, {len(idle)} due, {len(idle)} culled in" in result.lines[-1]
+        assert result.exit_code == 0
+        assert_harmless(result.err)
+
+        hub.inherit((name, LONG_AGO if due else 60, {}) for due, name in taken)
+        result = cull("--once", "--timeout=1h", "--cull-users", "--url", hub.url, token=hub.user_culler_token)
+        assert hub.users() == {name for due, name in taken if not due}
+        assert hub.running() == busy
+        assert f"{len(busy)} running, {len(idle)} due, {len(idle)} deleted in" in result.lines[-1]
+        assert result.exit_code == 0
+        assert_harmless(result.err)

@@ -42,7 +42,7 @@ def full_name(name: str, server: str = "") -> str:
 
 
 def api_path(*segments: str) -> str:
-    return "/" + "/".join(quote(segment, safe="") for segment in segments)
+    return "".join("/" + quote(s, safe="") if s.strip(".") else "/" + s.replace(".", "%2E") for s in segments)
 
 
 def server_path(name: str, server: str) -> str:
@@ -62,17 +62,19 @@ class RealHub:
         slow_stop_timeout: float = 10,
         python: str = sys.executable,
         internal_ssl: bool = False,
+        base_url: str = "/",
         extra_config: str = "",
     ) -> None:
         """slow_stop_timeout: seconds until the Hub answers 202 to a DELETE.
 
         internal_ssl: the Hub and its servers speak TLS only; see certificates.
+        base_url: what comes before hub/ in its paths, with slashes around it.
         extra_config: Python, run at the end of the Hub's configuration.
         """
         self._internal_ssl = internal_ssl
         self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
         port, public_port, server_port = free_ports(3)
-        self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}/hub/api"
+        self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
         self._command = [python, "-c", START, "-f", str(CONFIG)]
         self._environment = {
             **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key},
@@ -83,7 +85,10 @@ class RealHub:
             "REAL_HUB_ADMIN_TOKEN": self.admin_token,
             "REAL_HUB_CULLER_TOKEN": self.culler_token,
             "REAL_HUB_USER_CULLER_TOKEN": self.user_culler_token,
-            "REAL_HUB_EXTRA_CONFIG": "c.JupyterHub.internal_ssl = True\n" * internal_ssl + extra_config,
+            "REAL_HUB_EXTRA_CONFIG": (
+                "c.JupyterHub.internal_ssl = True\n" * internal_ssl
+                + f"c.JupyterHub.base_url = {base_url!r}\n{extra_config}"
+            ),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -182,13 +187,10 @@ class RealHub:
 
     def api(self, method: str, path: str, *, json: object = None, allow: Sequence[int] = ()) -> requests.Response:
         """One request; raises requests.HTTPError for a status above 399 that is not in `allow`."""
-        answer = self._session.request(
-            method,
-            self.url + path,
-            json=json,
-            headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=60,
-        )
+        headers = {"Accept": "application/jupyterhub-pagination+json"}
+        request = self._session.prepare_request(requests.Request(method, self.url, headers, json=json))
+        request.url = self.url + path  # not before: requests would take the %2E in it for a dot
+        answer = self._session.send(request, timeout=60)
         if answer.status_code not in allow:
             answer.raise_for_status()
         return answer
@@ -278,6 +280,15 @@ class RealHub:
         if wait:
             wanted = {full_name(name, server) for name, server, _ in servers}
             self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
+
+    def inherit(self, users: Iterable[tuple[str, float, Mapping[str, Mapping[str, object]]]]) -> list[str]:
+        """What an older Hub has left, of names that a new one may refuse; needs a Hub since 6.0.
+
+        Users are given as (name, idle_seconds, user_options of their running servers by name), the options with
+        idle_seconds. Who is known already is only made idle that long. Returns which users this Hub refuses.
+        """
+        refused: list[str] = self._backdoor("inherit", users=list(users))
+        return refused
 
     def touch(self, name: str, server: str = "", *, idle_seconds: float = 0) -> None:
         """Make a server last active that long ago, as if it or its proxy had told the Hub."""

@@ -201,6 +201,33 @@ class BackdoorHandler(APIHandler):
         """A token of the admin service with just these scopes; Hub 3 and later."""
         return orm.Service.find(self.db, "admin").new_api_token(scopes=scopes)
 
+    def post_inherit(self, users):
+        """What an older Hub has left, which took names that this one refuses; Hub 6 and later.
+
+        Users are (name, seconds since their last activity, user_options of their running servers by name). A user who
+        is known already is only put into the past. Returns which names of users the Hub refuses. Makes many at once.
+        """
+        now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+        refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
+        for name, idle_seconds, servers in users:
+            if name in refused:
+                continue
+            user = orm.User.find(self.db, name) or orm.User(name=name)
+            user.last_activity = now - datetime.timedelta(seconds=idle_seconds)
+            self.db.add(user)
+            if servers and "" not in servers:  # or the Hub would add it, one user at a time
+                self.db.add(orm.Spawner(name="", user=user))
+            for server, options in servers.items():
+                spawner = orm.Spawner(name=server, user=user, state={"options": options})
+                self.db.add(spawner)
+                spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
+                spawner.started = spawner.last_activity = now - datetime.timedelta(seconds=options["idle_seconds"])
+        self.db.commit()
+        for name, _, servers in users:
+            for server in servers if name not in refused else ():
+                self.find_user(name).spawners[server]  # loads it
+        return refused
+
     def post_hurry(self):
         """Whatever waits in start or stop, or would, is done at once, and stops do not fail."""
         for spawner in DoubleSpawner.alive:

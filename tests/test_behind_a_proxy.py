@@ -1,0 +1,249 @@
+"""The Hub's API behind a proxy: another port, prefix and host name, a certificate of a private CA, rewritten paths."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
+from pathlib import Path
+from posixpath import normpath
+from typing import Any, ClassVar, Self
+from urllib.parse import quote, unquote, urlsplit
+
+import pytest
+import requests
+from conftest import Cull, Result
+from hub import RealHub
+
+import cull_idle
+
+IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
+BUSY: dict[str, Any] = {"idle_seconds": 60}
+IDLE_USER = {**IDLE, "user_idle_seconds": 2 * 3600 + 90}
+# As a proxy passes paths on, once its own prefix is cut off.
+Rewrite = Callable[[str], str]
+
+
+def unchanged(path: str) -> str:
+    return path
+
+
+def dots_resolved(path: str) -> str:
+    """As configurable-http-proxy 5.3 does: `%2E` is a dot, and a path of dots leads up or nowhere."""
+    return resolved("/".join(unquote(part) if not unquote(part).strip(".") else part for part in path.split("/")))
+
+
+def decoded(path: str) -> str:
+    """As nginx does where its proxy_pass ends in a path: decoded, resolved, and some of it encoded again."""
+    return quote(resolved(unquote(path)), safe="/;+&'@[]!$()*,:=~")
+
+
+def decoded_for_good(path: str) -> str:
+    """As nginx does where its proxy_pass ends in $uri."""
+    return resolved(unquote(path))
+
+
+def resolved(path: str) -> str:
+    return normpath(path) + ("/" if path.endswith(("/", "/.", "/..")) else "")
+
+
+class ReverseProxy(ThreadingHTTPServer):
+    """Speaks TLS, and passes requests on to the Hub under a host name that nobody knows."""
+
+    daemon_threads = True
+    request_queue_size = 64
+    prefix: ClassVar = "/outside"
+
+    def __init__(self, hub: RealHub, certificates: Path, rewrite: Rewrite = unchanged) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificates / "proxy/proxy.crt", certificates / "proxy/proxy.key")
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        inside = urlsplit(hub.url)
+        self.hub = f"{inside.hostname}:{inside.port}"
+        self.rewrite = rewrite
+        self.url = f"https://127.0.0.1:{self.server_port}{self.prefix}{inside.path}"
+        self.trusted = {"REQUESTS_CA_BUNDLE": str(certificates / "private-ca/private-ca.crt")}
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: of clients that do not trust it, it hears nothing but the end."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection to the proxy."""
+
+    server: ReverseProxy
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path, question_mark, query = self.path.partition("?")
+        path = self.server.rewrite(path.removeprefix(self.server.prefix))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {**self.headers, "Host": "hub.invalid", "Connection": "close"}
+        inside = HTTPConnection(self.server.hub, timeout=30)
+        inside.request(self.command, path + question_mark + query, body, headers)
+        answer = inside.getresponse()
+        content = answer.read()
+        inside.close()
+        self.send_response_only(answer.status)
+        for name in ("Date", "Content-Type"):
+            self.send_header(name, answer.getheader(name, ""))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def prefixed_hub() -> Iterator[RealHub]:
+    with RealHub(base_url="/jhub/") as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(prefixed_hub: RealHub) -> Iterator[RealHub]:
+    """A Hub below /jhub/, with an idle server and a busy one."""
+    prefixed_hub.spawn_many([("idle", "", IDLE_USER), ("busy", "", BUSY)])
+    yield prefixed_hub
+    prefixed_hub.clear()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of a private CA, and of a proxy that it vouches for."""
+    directory = tmp_path_factory.mktemp("certificates")
+    certipy = import_module("certipy").Certipy(store_dir=str(directory))
+    certipy.create_ca("private-ca")
+    certipy.create_signed_pair("proxy", "private-ca", alt_names=["IP:127.0.0.1"])
+    return directory
+
+
+@pytest.fixture
+def proxy(hub: RealHub, certificates: Path) -> Iterator[ReverseProxy]:
+    """A proxy that passes paths on as they are."""
+    with ReverseProxy(hub, certificates) as proxy:
+        yield proxy
+
+
+def test_a_hub_whose_base_url_is_not_the_root_is_culled(hub: RealHub, cull: Cull) -> None:
+    assert urlsplit(hub.url).path == "/jhub/hub/api"
+    result = cull("--once", "--timeout=1h", "--url", hub.url, token=hub.culler_token)
+    assert result.lines[0] == "INFO     culled idle: idle 2h01m, limit 1h"
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+def test_without_its_base_url_the_hub_is_not_found(hub: RealHub, cull: Cull) -> None:
+    result = cull("--once", "--timeout=1h", "--url", hub.url.replace("/jhub", ""), token=hub.culler_token)
+    assert_one_sentence(result, "--url must lead to a JupyterHub API")
+    assert hub.running() == {"idle", "busy"}
+
+
+def test_a_hub_behind_a_proxy_with_a_private_ca_is_culled(hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
+    assert urlsplit(proxy.url).path == "/outside/jhub/hub/api"
+    flags = ("--once", "--timeout=1h", "--cull-users", "--url", proxy.url)
+    result = cull(*flags, token=hub.user_culler_token, env=proxy.trusted)
+    assert result.lines[:2] == [
+        "INFO     culled idle: idle 2h01m, limit 1h",
+        "INFO     deleted user idle: idle 2h01m, limit 1h",
+    ]
+    assert (result.exit_code, hub.running(), hub.users()) == (0, {"busy"}, {"busy"})
+
+
+def test_a_private_ca_is_not_trusted_unless_told(hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
+    result = cull("--once", "--timeout=1h", "--url", proxy.url, token=hub.culler_token)
+    assert_one_sentence(result, "certificate verify failed")
+    assert "another CA $REQUESTS_CA_BUNDLE" in result.lines[0]
+    assert hub.running() == {"idle", "busy"}
+
+
+def test_all_pages_are_read_though_the_next_one_is_said_to_be_elsewhere(
+    hub: RealHub, proxy: ReverseProxy, cull: Cull
+) -> None:
+    hub.spawn_many([(f"idle{number}", "", IDLE) for number in range(5)])
+    first = requests.get(
+        f"{proxy.url}/users?limit=2",
+        headers={"Authorization": f"token {hub.culler_token}", "Accept": "application/jupyterhub-pagination+json"},
+        verify=proxy.trusted["REQUESTS_CA_BUNDLE"],
+        timeout=30,
+    ).json()
+    assert first["_pagination"]["next"]["url"].startswith("http://hub.invalid/jhub/hub/api/users?")
+    flags = ("--once", "--timeout=1h", "--api-page-size=2", "--url", proxy.url)
+    result = cull(*flags, token=hub.culler_token, env=proxy.trusted)
+    assert "7 running, 6 due, 6 culled" in result.lines[-1]
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+# What is told from other names only by characters that a proxy may decode; of servers, as an older Hub took them.
+ODD_USERS = ["ann?x", "bob#1", "carol%2fdave", "dave smith", "\u00fcn\u00ef", "100%"]
+ODD_SERVERS = [".", "..", "gpu?x", "gpu#x", "%2E", "a/b", "x/../gpu", "../../ann/server", "../ann", "g%70u", "..."]
+BUSY_SERVERS = {"ann", "bob", "bob/gpu", "bob/a", "busy"}
+
+
+@pytest.fixture
+def odd_hub(hub: RealHub) -> RealHub:
+    """Whatever has an odd name is idle, and all others are busy."""
+    hub.inherit(
+        [
+            ("ann", 60, {"": BUSY}),
+            ("bob", 60, {**dict.fromkeys(["", "gpu", "a"], BUSY), **dict.fromkeys(ODD_SERVERS, IDLE)}),
+            *((name, IDLE["idle_seconds"], {"": IDLE}) for name in ODD_USERS),
+        ]
+    )
+    return hub
+
+
+def test_odd_names_are_culled_through_a_proxy(odd_hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
+    flags = ("--once", "--timeout=1h", "--cull-users", "--url", proxy.url)
+    result = cull(*flags, token=odd_hub.user_culler_token, env=proxy.trusted)
+    assert (result.exit_code, odd_hub.running()) == (0, BUSY_SERVERS)
+    assert odd_hub.users() == {"ann", "bob", "busy"}
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "code", "kept"),
+    [
+        (dots_resolved, "%2E", {".", ".."}),
+        (decoded, "%2F", {".", "..", "a/b", "x/../gpu", "../../ann/server", "../ann"}),
+        (decoded_for_good, "%3F", {*ODD_SERVERS} - {"..."}),
+    ],
+    ids=["dots resolved", "decoded", "decoded for good"],
+)
+def test_a_proxy_that_rewrites_paths_leads_to_nobody_else(
+    odd_hub: RealHub, certificates: Path, cull: Cull, rewrite: Rewrite, code: str, kept: set[str]
+) -> None:
+    with ReverseProxy(odd_hub, certificates, rewrite) as proxy:
+        flags = ("--once", "--timeout=1h", "--cull-users", "--url", proxy.url)
+        result = cull(*flags, token=odd_hub.user_culler_token, env=proxy.trusted)
+    assert odd_hub.running() >= BUSY_SERVERS
+    assert odd_hub.users() >= {"ann", "bob", "busy"}
+    assert {name for name in odd_hub.running() if name.startswith("bob/")} - BUSY_SERVERS == {
+        f"bob/{name}" for name in kept
+    }
+    assert result.exit_code == 1
+    assert f"a proxy on the way to {proxy.url} rewrites {code} in paths" in result.err
+
+
+def assert_one_sentence(result: Result, part: str) -> None:
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert part in line
