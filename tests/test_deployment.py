@@ -1,0 +1,190 @@
+"""What the README says under "Keep it running" is taken out of it, and run or checked.
+
+Its paths are put below a directory of the test's; but for that, and the Hub's URL, everything is used as it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import RealHub
+from test_readme import BLOCKS, section
+
+import cull_idle
+
+SCRIPT = Path(cull_idle.__file__)
+COMMAND = "/opt/cull-idle/bin/cull-idle"
+IDLE = 2 * 3600 + 90
+
+
+def shown(language: str, heading: str) -> list[str]:
+    """The blocks of a language under a heading of the README."""
+    found = [block.text for block in BLOCKS if block.language == language and block.text in section(heading)]
+    assert found, f"no {language} under {heading}"
+    return found
+
+
+class Machine:
+    """A directory that stands for the root of a machine with cull-idle and its token, as the README installs them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pids_file = root / "pids"
+        command = Path(self.under(COMMAND))
+        command.parent.mkdir(parents=True)
+        words = shlex.join([sys.executable, str(SCRIPT)])
+        command.write_text(f'#!/bin/sh\necho $$ >> {shlex.quote(str(self.pids_file))}\nexec {words} "$@"\n')
+        command.chmod(0o755)
+        self.token = Path(self.under("/etc/cull-idle/token"))
+        self.token.parent.mkdir(parents=True)
+
+    def under(self, text: str) -> str:
+        """The text with the README's paths below this directory."""
+        return re.sub(r"/(opt|etc)/cull-idle\b", lambda path: f"{self.root}{path[0]}", text)
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """What a shell makes of a command, with nothing else in its environment."""
+        return subprocess.run(
+            ["/bin/sh", "-c", command],
+            env=environment,
+            cwd=self.root,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def pids(self) -> list[int]:
+        """The processes that cull-idle was started as, the latest one last."""
+        return [int(pid) for pid in self.pids_file.read_text().split()] if self.pids_file.exists() else []
+
+    def alive(self) -> list[int]:
+        return [pid for pid in self.pids() if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat")  # where there is none, nobody has ended one that nobody waits for
+        return not status.parent.parent.exists() or ") Z " not in status.read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_until(condition: Callable[[], object], hub: RealHub, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, hub.log()[-4000:]
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+# A service that the Hub manages
+
+WITH_ROLE, WITHOUT_ROLES = range(2)  # the blocks, in the README's order
+
+# RealHub's configuration says who the admins are, where there are roles.
+LIST_ADMIN = """
+if jupyterhub.version_info >= (2,):
+    c.JupyterHub.load_roles[0]["services"].append("cull-idle")
+"""
+
+
+class Managed:
+    """A Hub that starts cull-idle as the README says, but looks every second."""
+
+    def __init__(self, root: Path, block: int, more_config: str = "", **options: Any) -> None:
+        self.machine = Machine(root)
+        text = shown("python", "A service that the Hub manages")[block]
+        often = 'c.JupyterHub.services[-1]["environment"] = {"CULL_IDLE_CULL_EVERY": "1s"}\n'
+        self.hub = RealHub(extra_config=self.machine.under(text) + often + more_config, **options)
+
+    def __enter__(self) -> Managed:
+        self.hub.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hub.__exit__(*error)
+        for pid in self.machine.alive():
+            os.kill(pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End the Hub, and let it clean nothing up."""
+        assert self.hub._process
+        self.hub._process.kill()
+        self.hub.stop()
+
+    def assert_culls(self) -> None:
+        culled = "culled idle: idle 2h01m, limit 1h"
+        before = self.hub.log().count(culled)
+        self.hub.spawn("busy", idle_seconds=60)
+        self.hub.spawn("idle", wait=False, idle_seconds=IDLE)
+        wait_until(lambda: self.hub.log().count(culled) > before, self.hub)
+        assert self.hub.running() == {"busy"}
+        self.hub.clear()
+
+    def assert_stops(self) -> None:
+        """It takes 5 seconds at most; on a machine with more to do they may be 10."""
+        said = self.hub.log().count("told to stop")
+        began = time.monotonic()
+        self.hub.stop()
+        wait_until(lambda: not self.machine.alive(), self.hub, began + 10 - time.monotonic())
+        assert self.hub.log().count("told to stop") == said + 1
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["http", "internal_ssl"])
+def managed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
+    with Managed(tmp_path_factory.mktemp("machine"), WITH_ROLE, internal_ssl=request.param) as managed:
+        yield managed
+
+
+def test_the_hub_starts_it_and_it_culls(managed: Managed) -> None:
+    managed.assert_culls()
+    assert len(managed.machine.alive()) == 1
+
+
+@pytest.mark.parametrize("managed", [False], ids=["http"], indirect=True)
+def test_it_survives_a_hub_that_is_killed_and_started_again(managed: Managed) -> None:
+    (old,) = managed.machine.alive()
+    managed.kill()
+    wait_until(lambda: "refuses the connection" in managed.hub.log(), managed.hub)
+    managed.hub.start()
+    os.kill(managed.machine.pids()[-1], signal.SIGKILL)  # the new one: the Hub knows nothing of the old one
+    managed.assert_culls()
+    assert old in managed.machine.alive()
+    os.kill(old, signal.SIGKILL)
+
+
+def test_it_is_there_again_after_a_restart_of_the_hub(managed: Managed) -> None:
+    before = managed.machine.pids()
+    managed.hub.restart()
+    managed.assert_culls()
+    (new,) = managed.machine.alive()
+    assert new not in before
+
+
+def test_it_ends_when_the_hub_stops(managed: Managed) -> None:
+    managed.assert_stops()
+
+
+def test_before_roles_an_admin_service_does(tmp_path: Path) -> None:
+    """Hubs with roles take it too; with HUB_PYTHON=/an/older/hubs/bin/python it is shown for one without."""
+    python = os.environ.get("HUB_PYTHON", sys.executable)
+    with Managed(tmp_path, WITHOUT_ROLES, LIST_ADMIN, python=python) as managed:
+        managed.assert_culls()
+        managed.assert_stops()
