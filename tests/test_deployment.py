@@ -188,3 +188,31 @@ def test_before_roles_an_admin_service_does(tmp_path: Path) -> None:
     with Managed(tmp_path, WITHOUT_ROLES, LIST_ADMIN, python=python) as managed:
         managed.assert_culls()
         managed.assert_stops()
+
+
+# cron
+
+CRONTAB = {"HOME": "/root", "LOGNAME": "root", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}  # all that cron sets
+
+
+def cron_command() -> str:
+    (text,) = shown("crontab", "cron")
+    match = re.fullmatch(r"(?:(?:\*(?:/\d+)?|\d+) ){5}([^%\n]*)\n", text)  # in a crontab a % ends the command
+    assert match
+    return match[1]
+
+
+def test_the_cron_line_culls_and_says_nothing(machine: Machine, hub: RealHub) -> None:
+    hub.spawn("idle", idle_seconds=IDLE)
+    hub.spawn("busy", idle_seconds=60)
+    machine.token.write_text(f"{hub.culler_token}\n")
+    result = machine.run(f"{machine.under(cron_command())} --url {hub.url}", **CRONTAB)
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+    assert hub.running() == {"busy"}
+
+
+def test_the_cron_line_says_what_failed(machine: Machine, hub: RealHub) -> None:
+    machine.token.write_text("unknown\n")
+    result = machine.run(f"{machine.under(cron_command())} --url {hub.url}", **CRONTAB)
+    assert result.returncode == cull_idle.Exit.NO_HUB
+    assert len(result.stderr.splitlines()) == 1
