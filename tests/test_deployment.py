@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import RealHub
-from test_readme import BLOCKS, section
+from test_readme import BLOCKS, section, settings_from
 
 import cull_idle
 
@@ -216,3 +217,154 @@ def test_the_cron_line_says_what_failed(machine: Machine, hub: RealHub) -> None:
     result = machine.run(f"{machine.under(cron_command())} --url {hub.url}", **CRONTAB)
     assert result.returncode == cull_idle.Exit.NO_HUB
     assert len(result.stderr.splitlines()) == 1
+
+
+# systemd
+
+Unit = dict[str, dict[str, list[str]]]  # sections, directives, and their values
+KNOWN = {
+    "Unit": {"Description"},
+    "Timer": {"OnCalendar"},
+    "Install": {"WantedBy"},
+    "Service": {
+        "CapabilityBoundingSet",
+        "DynamicUser",
+        "ExecStart",
+        "LoadCredential",
+        "LockPersonality",
+        "MemoryDenyWriteExecute",
+        "PrivateDevices",
+        "PrivateUsers",
+        "ProcSubset",
+        "ProtectClock",
+        "ProtectControlGroups",
+        "ProtectHome",
+        "ProtectHostname",
+        "ProtectKernelLogs",
+        "ProtectKernelModules",
+        "ProtectKernelTunables",
+        "ProtectProc",
+        "Restart",
+        "RestartPreventExitStatus",
+        "RestartSec",
+        "RestrictAddressFamilies",
+        "RestrictNamespaces",
+        "RestrictRealtime",
+        "SystemCallArchitectures",
+        "SystemCallErrorNumber",
+        "SystemCallFilter",
+        "Type",
+        "UMask",
+    },
+}
+
+
+def parse_unit(text: str) -> Unit:
+    unit: Unit = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            current = unit.setdefault(line[1:-1], {})
+        elif line:
+            key, _, value = line.partition("=")
+            current.setdefault(key, []).append(value)
+    return unit
+
+
+def with_lines(unit: Unit, lines: Unit) -> Unit:
+    """The same unit, with these lines in place of its own."""
+    return {name: {**unit.get(name, {}), **lines.get(name, {})} for name in {**unit, **lines}}
+
+
+def readme_units() -> Mapping[str, Unit]:
+    service, timer = map(parse_unit, shown("ini", "A systemd timer"))
+    (loop,) = map(parse_unit, shown("ini", "A systemd service"))
+    (template,) = map(parse_unit, shown("ini", "Many Hubs, several replicas"))
+    return {
+        "cull-idle.service": service,
+        "cull-idle.timer": timer,
+        "cull-idle-loop.service": with_lines(service, loop),
+        "cull-idle@.service": with_lines(service, template),
+        "cull-idle@.timer": timer,
+    }
+
+
+UNITS = readme_units()
+SERVICES = [name for name in UNITS if name.endswith(".service")]
+
+
+def words_of(name: str, credentials: str = "/credentials") -> list[str]:
+    """What a service executes."""
+    (line,) = UNITS[name]["Service"]["ExecStart"]
+    return [word.replace("${CREDENTIALS_DIRECTORY}", credentials) for word in line.split()]
+
+
+@pytest.fixture
+def unit_files(machine: Machine) -> dict[str, Path]:
+    """The units, as files that systemd can read."""
+    files = {}
+    for name, unit in UNITS.items():
+        lines = [
+            line
+            for title, directives in unit.items()
+            for line in [f"[{title}]", *(f"{key}={value}" for key in directives for value in directives[key])]
+        ]
+        files[name] = machine.root / name
+        files[name].write_text(machine.under("\n".join(lines)) + "\n")
+    return files
+
+
+def systemd_analyze(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("this machine has no systemd-analyze, and pip cannot install it")
+    return subprocess.run(["systemd-analyze", *args], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_systemd_takes_the_units(unit_files: dict[str, Path]) -> None:
+    result = systemd_analyze("verify", "--man=no", *unit_files.values())
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_systemd_finds_a_service_as_hardened_as_the_readme_says(name: str, unit_files: dict[str, Path]) -> None:
+    match = re.search(r"an exposure of (\d)\.(\d)", section("A systemd timer"))
+    assert match
+    result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", unit_files[name])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_units_have_no_line_that_systemd_would_ignore() -> None:
+    for name, unit in UNITS.items():
+        for title, directives in unit.items():
+            assert directives.keys() <= KNOWN[title], name
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_handed_what_its_command_reads(name: str, machine: Machine) -> None:
+    command, *args = words_of(name, str(machine.root / "credentials"))
+    assert command == COMMAND
+    (machine.root / "credentials").mkdir()
+    for credential in UNITS[name]["Service"]["LoadCredential"]:
+        (machine.root / "credentials" / credential.split(":")[0]).write_text("")
+    settings = settings_from(*args)
+    assert settings.token_file
+    assert Path(settings.token_file).exists()
+    assert settings.once == (UNITS[name]["Service"]["Type"] == ["oneshot"])
+
+
+def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
+    hub.spawn("idle", idle_seconds=IDLE)
+    machine.token.write_text(hub.culler_token)
+    command = machine.under(shlex.join(words_of("cull-idle.service", "/etc/cull-idle")))
+    result = machine.run(f"{command} --url {hub.url}", PATH="/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set())
+
+
+def test_a_template_reads_the_configuration_of_its_hub(machine: Machine, hub: RealHub) -> None:
+    hub.spawn("idle", idle_seconds=IDLE)
+    loaded = dict(line.split(":") for line in UNITS["cull-idle@.service"]["Service"]["LoadCredential"])
+    assert loaded == {"config": "/etc/cull-idle/%i.toml", "token": "/etc/cull-idle/%i.token"}
+    machine.token.write_text(hub.culler_token)
+    (machine.token.parent / "config").write_text(f'url = "{hub.url}"\ntimeout = "1h"\n')
+    command = machine.under(shlex.join(words_of("cull-idle@.service", "/etc/cull-idle")))
+    result = machine.run(command, PATH="/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set())
