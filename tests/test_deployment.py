@@ -5,6 +5,7 @@ Its paths are put below a directory of the test's; but for that, and the Hub's U
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -14,18 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import RealHub
-from test_readme import BLOCKS, section, settings_from
+from test_readme import BLOCKS, PYPROJECT, ROOT, section, settings_from
 
 import cull_idle
 
 SCRIPT = Path(cull_idle.__file__)
 COMMAND = "/opt/cull-idle/bin/cull-idle"
 IDLE = 2 * 3600 + 90
+
+yaml = import_module("yaml")  # they have no types
+kubernetes_validate = import_module("kubernetes_validate")
 
 
 def shown(language: str, heading: str) -> list[str]:
@@ -368,3 +373,104 @@ def test_a_template_reads_the_configuration_of_its_hub(machine: Machine, hub: Re
     command = machine.under(shlex.join(words_of("cull-idle@.service", "/etc/cull-idle")))
     result = machine.run(command, PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
+
+
+# Kubernetes
+
+MANIFESTS, CHART, CHART_TOKEN = shown("yaml", "Kubernetes")
+SECRET, CRON_JOB = yaml.safe_load_all(MANIFESTS)
+
+
+def pod() -> dict[str, Any]:
+    spec: dict[str, Any] = CRON_JOB["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    return spec
+
+
+def with_token_of_the_chart() -> dict[str, Any]:
+    """The cron job with the volume that the README shows for Zero to JupyterHub."""
+    changed: dict[str, Any] = yaml.safe_load(yaml.safe_dump(CRON_JOB))
+    changed["spec"]["jobTemplate"]["spec"]["template"]["spec"].update(yaml.safe_load(CHART_TOKEN))
+    return changed
+
+
+@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("manifest", [SECRET, CRON_JOB, with_token_of_the_chart()], ids=["secret", "job", "chart's"])
+def test_kubernetes_takes_the_manifests(manifest: dict[str, Any], version: str) -> None:
+    assert kubernetes_validate.validate(manifest, version, strict=True) == version
+
+
+def test_a_pod_may_do_nothing_but_ask_the_hub() -> None:
+    (container,) = pod()["containers"]
+    assert CRON_JOB["spec"]["concurrencyPolicy"] == "Forbid"
+    assert pod()["securityContext"]["runAsNonRoot"]
+    assert not pod()["automountServiceAccountToken"]
+    assert container["resources"]["limits"].keys() == {"cpu", "memory"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+@pytest.mark.parametrize("token", ["Secret", "chart's"])
+def test_a_pod_culls_with_the_token_it_is_handed(token: str, machine: Machine, hub: RealHub) -> None:
+    hub.spawn("idle", idle_seconds=IDLE)
+    (container,) = pod()["containers"]
+    (mount,) = container["volumeMounts"]
+    job = CRON_JOB if token == "Secret" else with_token_of_the_chart()
+    (volume,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    if token == "Secret":
+        assert volume["secret"] == {"secretName": SECRET["metadata"]["name"]}
+        (file,) = SECRET["stringData"]
+    else:
+        (item,) = volume["secret"]["items"]
+        (service,) = yaml.safe_load(CHART)["hub"]["services"]
+        assert item["key"] == f"hub.services.{service}.apiToken"  # as the chart calls it
+        file = item["path"]
+    Path(machine.under(mount["mountPath"]), file).write_text(hub.culler_token)
+
+    dockerfile, image_args = shown("dockerfile", "Kubernetes")[0], container["args"]
+    entrypoint = ast.literal_eval(docker_lines(dockerfile)["ENTRYPOINT"])
+    assert entrypoint == [Path(COMMAND).name]
+    args = machine.under(shlex.join(image_args)).replace("http://hub:8081/hub/api", hub.url)
+    result = machine.run(f"{machine.under(COMMAND)} {args}", PATH="/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set())
+
+
+def docker_lines(dockerfile: str) -> dict[str, str]:
+    return dict(line.split(" ", maxsplit=1) for line in dockerfile.splitlines())
+
+
+def test_an_image_gets_all_that_an_installation_needs() -> None:
+    lines = docker_lines(shown("dockerfile", "Kubernetes")[0])
+    *files, folder = lines["COPY"].split()
+    project = PYPROJECT["project"]
+    needed = {
+        "pyproject.toml",
+        project["readme"],
+        *project["license-files"],
+        PYPROJECT["tool"]["hatch"]["version"]["path"],
+    }
+    assert set(files) == needed
+    assert all((ROOT / file).is_file() for file in files)
+    assert f"{lines['RUN']}/" == f"pip install --no-cache-dir {folder}"
+    assert "cull-idle" in project["scripts"]
+    user = pod()["securityContext"]
+    assert lines["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
+
+
+def test_the_charts_values_name_a_service_and_its_role() -> None:
+    values = yaml.safe_load(CHART)
+    (service,) = values["hub"]["services"]
+    (role,) = values["hub"]["loadRoles"].values()
+    assert role == {"services": [service], "scopes": scopes(cull_idle.role_for(settings_from(), None))}
+
+
+def test_a_managed_service_has_the_scopes_that_the_program_asks_for() -> None:
+    shown_scopes = scopes(shown("python", "A service that the Hub manages")[WITH_ROLE])
+    assert shown_scopes == scopes(cull_idle.role_for(settings_from(), None))
+
+
+def scopes(text: str) -> list[str]:
+    return re.findall(r'"([a-z]+:[a-z:]+)"', text)
