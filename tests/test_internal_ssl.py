@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +15,6 @@ from hub import RealHub
 
 import cull_idle
 
-SCRIPT = Path(cull_idle.__file__)
-# A service that the Hub itself starts, for one user: what others are for is left to the tests.
-MANAGED = f"""
-command = [{sys.executable!r}, {str(SCRIPT)!r}, "--timeout=never", "--cull-every=1", "--rule=user=managed timeout=1h"]
-c.JupyterHub.services.append({{"name": "cull-idle", "command": command}})
-c.JupyterHub.load_roles.append({{"name": "cull-idle", "services": ["cull-idle"], "scopes": culler_scopes}})
-"""
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 
 
@@ -34,7 +25,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tls_hub() -> Iterator[RealHub]:
-    with RealHub(internal_ssl=True, extra_config=MANAGED) as hub:
+    with RealHub(internal_ssl=True) as hub:
         hub.spawn_many([("idle", "", IDLE), ("busy", "", {"idle_seconds": 60})])
         yield hub
 
@@ -98,15 +89,6 @@ def test_what_the_hub_hands_over_comes_before_the_options(hub: RealHub, cull: Cu
     options = ("--ssl-enabled", "--internal-certs-location=nowhere")
     result = cull("--once", "--timeout=1h", *options, token=hub.culler_token, env=handed_over(hub))
     assert (result.exit_code, hub.running()) == (0, {"busy"})
-
-
-def test_a_service_that_the_hub_manages_culls(hub: RealHub) -> None:
-    hub.spawn("managed", **IDLE)
-    deadline = time.monotonic() + 30
-    while "managed" in hub.running():
-        assert time.monotonic() < deadline, hub.log()[-4000:]
-        time.sleep(0.1)
-    assert "culled managed: idle 2h01m, limit 1h by rule 1: user=managed timeout=1h" in hub.log()
 
 
 Spoil = Callable[[Path, Path], object]  # takes the Hub's certificates, and foreign ones

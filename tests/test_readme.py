@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import re
 import tomllib
 from datetime import timedelta
@@ -165,13 +164,6 @@ def test_the_readme_lists_what_an_arbiter_is_given() -> None:
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_in_the_readme_compiles(text: str) -> None:
     compile(text, "README.md", "exec")
-
-
-@pytest.mark.parametrize("text", blocks("ini"))
-def test_systemd_units_in_the_readme_parse(text: str) -> None:
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.read_string(text)
-    assert unit.sections()
 
 
 def test_the_scopes_in_the_readme_are_those_the_program_asks_for() -> None:
