@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -118,11 +118,9 @@ def session_hub(request: pytest.FixtureRequest) -> Iterator[RealHub]:
 
 
 @pytest.fixture
-def hub(
-    session_hub: RealHub, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
-) -> Iterator[RealHub]:
+def hub(session_hub: RealHub, request: pytest.FixtureRequest) -> Iterator[RealHub]:
     """The real Hub, empty; a test that it cannot do is skipped."""
-    record_property("hub", ".".join(map(str, session_hub.version)))
+    request.node.user_properties.append(("hub", ".".join(map(str, session_hub.version))))
     for feature in (feature for marker in request.node.iter_markers("needs") for feature in marker.args):
         if session_hub.lacks(feature):
             pytest.skip(f"this Hub lacks {feature}")

@@ -50,7 +50,7 @@ if jupyterhub.version_info < (0, 8):  # it finds this configurable-http-proxy up
     c.JupyterHub.proxy_api_port = doubles.DoubleSpawner.port
 
 if jupyterhub.version_info < (0, 7):  # no services: their tokens are a user's
-    c.JupyterHub.api_tokens = {token: env["REAL_HUB_TOKEN_OWNER"] for token in tokens.values()}
+    c.JupyterHub.api_tokens = dict.fromkeys(tokens.values(), env["REAL_HUB_TOKEN_OWNER"])
     c.Authenticator.admin_users = {env["REAL_HUB_TOKEN_OWNER"]}
 
 if jupyterhub.version_info >= (1, 1):
