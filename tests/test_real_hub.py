@@ -56,6 +56,14 @@ def test_a_server_that_starts_is_left_alone(hub: RealHub, cull_real: Cull) -> No
     assert server["pending"] == "spawn"
 
 
+@pytest.mark.behaviour("starting kept")
+@pytest.mark.parametrize("server", ["", pytest.param("gpu", marks=pytest.mark.needs("sight of pending named servers"))])
+def test_a_user_whose_server_starts_is_not_deleted(hub: RealHub, cull_real: Cull, server: str) -> None:
+    hub.spawn("ann", server, wait=False, start_seconds=60, **IDLE_USER)
+    assert cull_real("--timeout=1h", "--cull-users", token=hub.user_culler_token).exit_code == 0
+    assert hub.users() == {"ann"}
+
+
 @pytest.mark.behaviour("--max-age")
 @pytest.mark.needs(OWN_TIMES)
 def test_an_old_server_is_stopped_though_it_is_active(hub: RealHub, cull_real: Cull) -> None:

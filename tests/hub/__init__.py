@@ -25,6 +25,7 @@ CONFIG = Path(__file__).with_name("jupyterhub_config.py")
 SINCE = {
     "named servers": (0, 8),
     "a server's own times": (0, 9),  # nor is it known when it started or its user was created
+    "sight of pending named servers": (0, 9),
     "removal of named servers": (1, 0),
     "pages": (2, 0),
     "scopes": (2, 0),
