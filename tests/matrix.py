@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 YES, NO, CANNOT = "yes", "**no**", "\N{EN DASH}"
+DEFAULT_TESTS = "all default ones"
 HUB_MINUTES, PYTHON_MINUTES = 5, 15  # after which a hanging run is ended
 
 
@@ -209,7 +210,7 @@ def try_python(environment: Environment, python: Path, _: Path) -> Tried:
     if not log.passed:
         say(log.text)
     version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
-    return Tried(version, "", {"default tests": YES if log.passed else NO, "pytest": log.last_line}, log.passed)
+    return Tried(DEFAULT_TESTS, version, {"pass": YES if log.passed else NO, "pytest": log.last_line}, log.passed)
 
 
 # ---- The table
@@ -256,13 +257,15 @@ def main() -> int:
     options = parser.parse_args()
 
     if options.pythons:
-        first = "tests with Python"
-        attempts = [Attempt(each.python, each, partial(try_python, each)) for each in PYTHONS]
+        first = "tests"
+        attempts = [Attempt(DEFAULT_TESTS, each, partial(try_python, each)) for each in PYTHONS]
     else:
         first = "JupyterHub"
         attempts = [Attempt(row.name, row.environment, partial(try_hub, row)) for row in HUBS]
     if options.only:
-        attempts = [each for each in attempts if each.name.startswith(tuple(options.only))]
+        attempts = [
+            each for each in attempts if each.environment.name.partition("-")[2].startswith(tuple(options.only))
+        ]
         if not attempts:
             parser.error(f"none begins with {' or '.join(options.only)}")
     if run_uv("--version").returncode:
@@ -274,7 +277,7 @@ def main() -> int:
         rows = list(pool.map(lambda each: try_it(each, options.environments, Path(scratch), installing), attempts))
     print(table(first, rows))
     skipped, failed = sum(row.skipped for row in rows), sum(not row.fine for row in rows)
-    say(f"{len(rows)} rows, {skipped} skipped, {failed} failed, in {time.monotonic() - began:.0f}s")
+    say(f"{len(rows) - skipped} tried, {skipped} skipped, {failed} failed, in {time.monotonic() - began:.0f}s")
     return 1 if failed else 0
 
 
