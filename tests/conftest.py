@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -95,16 +96,39 @@ def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
     return run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let tests/matrix.py choose the real Hub."""
+    group = parser.getgroup("the real Hub")
+    group.addoption("--hub-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
+    group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "behaviour(name): the column of tests/matrix.py's table that the test is for")
+    config.addinivalue_line("markers", "needs(feature, ...): those of hub.SINCE that the real Hub must have")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put into the report of --junitxml what each test is for."""
+    for item in items:
+        item.user_properties += [("behaviour", marker.args[0]) for marker in item.iter_markers("behaviour")]
+
+
 @pytest.fixture(scope="session")
-def session_hub() -> Iterator[RealHub]:
+def session_hub(request: pytest.FixtureRequest) -> Iterator[RealHub]:
     """The one real Hub; slow stops are answered with 202 after a second."""
-    with RealHub(slow_stop_timeout=1) as hub:
+    python, without = (request.config.getoption(name) for name in ("hub_python", "hub_without_named_servers"))
+    with RealHub(slow_stop_timeout=1, python=python, named_servers=not without) as hub:
         yield hub
 
 
 @pytest.fixture
-def hub(session_hub: RealHub) -> Iterator[RealHub]:
-    """The real Hub, empty."""
+def hub(session_hub: RealHub, request: pytest.FixtureRequest) -> Iterator[RealHub]:
+    """The real Hub, empty; a test that it cannot do is skipped."""
+    request.node.user_properties.append(("hub", ".".join(map(str, session_hub.version))))
+    for feature in (feature for marker in request.node.iter_markers("needs") for feature in marker.args):
+        if session_hub.lacks(feature):
+            pytest.skip(f"this Hub lacks {feature}")
     yield session_hub
     session_hub.clear()
 

@@ -1,6 +1,7 @@
 """A throw-away Hub: real, on loopback, with doubles for what it would start and talk to."""
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -19,6 +20,19 @@ from urllib.parse import quote
 import requests
 
 CONFIG = Path(__file__).with_name("jupyterhub_config.py")
+
+# What not every Hub since 0.6 has, and the first version that has it.
+SINCE = {
+    "named servers": (0, 8),
+    "a server's own times": (0, 9),  # nor is it known when it started or its user was created
+    "sight of pending named servers": (0, 9),
+    "removal of named servers": (1, 0),
+    "pages": (2, 0),
+    "scopes": (2, 0),
+}
+
+# To Hub 0.6, which has no services, all tokens are this user's.
+TOKEN_OWNER = "token-owner"
 
 # As `python -m jupyterhub` does, but without an optional import of jsonschema that takes a second.
 START = """
@@ -49,6 +63,15 @@ def server_path(name: str, server: str) -> str:
     return api_path("users", name, *(["servers", server] if server else ["server"]))
 
 
+def servers_of(user: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The servers in a user's model by their names, each with at least `ready` and `pending`."""
+    # Hub 0.8 lists the ready ones and says no more, those before 0.9 say of the default one what the user's keys do.
+    servers = {name: {"ready": True, "pending": None, **server} for name, server in user.get("servers", {}).items()}
+    if "created" not in user and (user["server"] or user["pending"]):
+        servers[""] = {"ready": not user["pending"], "pending": user["pending"]}
+    return servers
+
+
 class RealHub:
     """A Hub in a process of its own, from __enter__ to __exit__.
 
@@ -61,17 +84,20 @@ class RealHub:
         *,
         slow_stop_timeout: float = 10,
         python: str = sys.executable,
+        named_servers: bool = True,
         internal_ssl: bool = False,
         base_url: str = "/",
         extra_config: str = "",
     ) -> None:
         """slow_stop_timeout: seconds until the Hub answers 202 to a DELETE.
 
+        python: the interpreter that has the Hub, of any version since 0.6.
+        named_servers: whether they are allowed.
         internal_ssl: the Hub and its servers speak TLS only; see certificates.
         base_url: what comes before hub/ in its paths, with slashes around it.
         extra_config: Python, run at the end of the Hub's configuration.
         """
-        self._internal_ssl = internal_ssl
+        self._named_servers, self._internal_ssl = named_servers, internal_ssl
         self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
         port, public_port, server_port = free_ports(3)
         self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
@@ -81,6 +107,7 @@ class RealHub:
             "REAL_HUB_PORT": str(port),
             "REAL_HUB_PUBLIC_PORT": str(public_port),
             "REAL_HUB_SERVER_PORT": str(server_port),
+            "REAL_HUB_NAMED_SERVERS": "yes" * named_servers,
             "REAL_HUB_SLOW_STOP_TIMEOUT": str(slow_stop_timeout),
             "REAL_HUB_ADMIN_TOKEN": self.admin_token,
             "REAL_HUB_CULLER_TOKEN": self.culler_token,
@@ -89,6 +116,7 @@ class RealHub:
                 "c.JupyterHub.internal_ssl = True\n" * internal_ssl
                 + f"c.JupyterHub.base_url = {base_url!r}\n{extra_config}"
             ),
+            "REAL_HUB_TOKEN_OWNER": TOKEN_OWNER,
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -167,6 +195,14 @@ class RealHub:
         """Where a Hub with internal_ssl keeps all of its certificates and keys."""
         return self._directory / "internal-ssl"
 
+    @functools.cached_property
+    def version(self) -> tuple[int, ...]:
+        return tuple(self._backdoor("about")["version"])
+
+    def lacks(self, feature: str) -> bool:
+        """Whether this Hub does not have one of SINCE."""
+        return self.version < SINCE[feature] or (feature.endswith("named servers") and not self._named_servers)
+
     def _answers(self) -> bool:
         with contextlib.suppress(OSError):  # not up yet, or it has no certificates yet
             return self._session.get(f"{self.url}/users", timeout=30).ok
@@ -196,12 +232,12 @@ class RealHub:
         return answer
 
     def models(self, what: str) -> list[dict[str, Any]]:
-        """The models of all "users" or "groups", from all pages."""
+        """The models of all "users" or "groups", from all pages; without those that the tests' own tokens need."""
         found: list[dict[str, Any]] = []
         while True:
             page = self.api("GET", f"/{what}?limit=200&offset={len(found)}").json()
             if isinstance(page, list):  # Hubs before 2.0
-                return page
+                return [model for model in page if model["name"] != TOKEN_OWNER]
             found += page["items"]
             if not page["_pagination"]["next"]:
                 return found
@@ -214,7 +250,7 @@ class RealHub:
         return {
             full_name(user["name"], server)
             for user in self.models("users")
-            for server, model in user["servers"].items()
+            for server, model in servers_of(user).items()
             if model["ready"]
         }
 
@@ -223,11 +259,15 @@ class RealHub:
         answer = self.api("GET", api_path("users", name), allow=[404])
         if answer.status_code == 404:
             return None
-        model: dict[str, Any] | None = answer.json()["servers"].get(server)
-        return model
+        return servers_of(answer.json()).get(server)
+
+    def named_servers(self, name: str) -> list[str]:
+        """The names of a user's named servers, stopped ones too."""
+        found: list[str] = self._backdoor("named_servers", name=name)
+        return found
 
     def token_with(self, *scopes: str) -> str:
-        """A new token with just these scopes; needs a Hub since 3.0."""
+        """A new token with just these scopes; needs a Hub since 2.0."""
         token: str = self._backdoor("token", scopes=scopes)
         return token
 
@@ -271,7 +311,7 @@ class RealHub:
         """Start servers, given as (user, server, user_options), all at the same time."""
         servers = list(servers)
         names = sorted({name for name, _, _ in servers})
-        self.api("POST", "/users", json={"usernames": names}, allow=[409])
+        self.api("POST", "/users", json={"usernames": names}, allow=[400, 409])  # all are there: 400 before 0.9
 
         def start(server: tuple[str, str, Mapping[str, object]]) -> None:
             self.api("POST", server_path(*server[:2]), json=server[2])
@@ -280,6 +320,8 @@ class RealHub:
         if wait:
             wanted = {full_name(name, server) for name, server, _ in servers}
             self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
+            if self.version < (0, 8):  # ready comes before the last step, see DoubleSpawner.add_poll_callback
+                self._wait_until(lambda: bool(self._backdoor("about")["settled"]), "they are as old as they should be")
 
     def inherit(self, users: Iterable[tuple[str, float, Mapping[str, Mapping[str, object]]]]) -> list[str]:
         """What an older Hub has left, of names that a new one may refuse; needs a Hub since 6.0.
@@ -297,6 +339,8 @@ class RealHub:
     def clear(self) -> None:
         """Delete every user, server and group, whatever is pending; returns when they are gone."""
         self._wait_until(self._cleared, "everything is deleted")
+        if self.version < (0, 7):  # no groups
+            return
         for group in self.models("groups"):
             self.api("DELETE", api_path("groups", group["name"]))
 
@@ -309,7 +353,7 @@ class RealHub:
 
     def _delete(self, user: Mapping[str, Any]) -> None:
         """Try to, at least: what is pending is left for the next time."""
-        servers = user["servers"]
+        servers = servers_of(user)
         if any(server["pending"] for server in servers.values()):
             return
         for server in servers:

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """What the Hub of the tests loads in place of processes, a proxy, a login page and the past.
 
-Runs inside Hubs 0.8 to 6, so on Python 3.6 and tornado 4 too.
+Runs inside Hubs 0.6 to 6, so on Python 3.6 and tornado 4 too.
 """
 
 import datetime
@@ -18,11 +18,15 @@ import jupyterhub
 from jupyterhub import orm
 from jupyterhub.apihandlers.base import APIHandler
 from jupyterhub.auth import Authenticator
-from jupyterhub.proxy import Proxy
 from jupyterhub.spawner import Spawner
 from sqlalchemy.orm import object_session
 from tornado import gen, web
 from tornado.locks import Event
+
+try:
+    from jupyterhub.proxy import Proxy
+except ImportError:  # Hubs before 0.8 know configurable-http-proxy only: see Server
+    Proxy = object
 
 
 def put_into_past(row, ages):
@@ -32,7 +36,7 @@ def put_into_past(row, ages):
     """
     now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)  # as the database's
     for column, seconds in ages.items():
-        if seconds is not None:
+        if seconds is not None and hasattr(row, column):  # Hubs before 0.9 have last_activity only
             setattr(row, column, now - datetime.timedelta(seconds=seconds))
     object_session(row).commit()
 
@@ -55,17 +59,28 @@ def end_with_stdin():
 
 
 class Server(ThreadingMixIn, HTTPServer):
-    """Stands for every user's server: answers anything, so that the Hub finds it ready."""
+    """Stands for every user's server: answers anything, so that the Hub finds it ready.
+
+    For Hubs before 0.8 it stands for the API of configurable-http-proxy too, and has no routes.
+    """
 
     daemon_threads = True
     request_queue_size = 256
 
     class RequestHandlerClass(BaseHTTPRequestHandler):
         def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(200)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", "2")
             self.send_header("X-JupyterHub-Version", jupyterhub.__version__)
             self.end_headers()
+            self.wfile.write(b"{}")
+
+        def do_POST(self):
+            self.do_GET()
+
+        def do_DELETE(self):
+            self.do_GET()
 
         def log_message(self, *args):
             pass
@@ -99,10 +114,14 @@ class DoubleSpawner(Spawner):
     def put_into_past(self):
         option = self.user_options.get
         age, idle = option("age_seconds"), option("idle_seconds")
+        user_idle = option("user_idle_seconds")
         if age is None and idle is not None:
             age = max(idle, 0)
-        put_into_past(self.orm_spawner, {"last_activity": idle, "started": age})
-        user = {"last_activity": option("user_idle_seconds"), "created": option("user_age_seconds")}
+        if jupyterhub.version_info >= (0, 9):
+            put_into_past(self.orm_spawner, {"last_activity": idle, "started": age})
+        elif user_idle is None:  # a server's activity is its user's
+            user_idle = idle
+        user = {"last_activity": user_idle, "created": option("user_age_seconds")}
         put_into_past(self.user.orm_user, user)
 
     async def wait(self, seconds):
@@ -118,7 +137,18 @@ class DoubleSpawner(Spawner):
             self.double.speak_tls(self.cert_paths)
         await self.wait(self.user_options.get("start_seconds", 0))
         self.running = self.fresh = True
+        if jupyterhub.version_info < (0, 7):
+            server = self.user.server
+            server.ip, server.port = "127.0.0.1", self.port
+            object_session(server).commit()
         return "127.0.0.1", self.port
+
+    def add_poll_callback(self, *args, **kwargs):
+        # The last step of a spawn: Hubs before 0.9 have set last_activity since start().
+        super().add_poll_callback(*args, **kwargs)
+        if self.fresh:
+            self.put_into_past()
+            self.fresh = False
 
     async def poll(self):
         return None if self.running else 0
@@ -152,14 +182,6 @@ class DoubleProxy(Proxy):
         super().__init__(**kwargs)
         self.routes = {}
 
-    async def add_user(self, user, server_name="", client=None):
-        # The last step of a spawn: Hub 0.8 has set last_activity since Spawner.start.
-        spawner = user.spawners[server_name]
-        if spawner.fresh:
-            spawner.fresh = False
-            spawner.put_into_past()
-        await super().add_user(user, server_name)
-
     async def add_route(self, routespec, target, data):
         route = {"routespec": routespec, "target": target, "data": data}
         self.routes[self.validate_routespec(routespec)] = route
@@ -192,14 +214,34 @@ class BackdoorHandler(APIHandler):
     def post_server(self, name, server, last_activity):
         """Activity of a server counts as its user's too, but never makes the user idle."""
         user = self.find_user(name).orm_user
+        if jupyterhub.version_info < (0, 9):
+            put_into_past(user, {"last_activity": last_activity})
+            return
         spawner = user.orm_spawners[server]
         put_into_past(spawner, {"last_activity": last_activity})
         if user.last_activity is None or user.last_activity < spawner.last_activity:
             put_into_past(user, {"last_activity": last_activity})
 
     def post_token(self, scopes):
-        """A token of the admin service with just these scopes; Hub 3 and later."""
-        return orm.Service.find(self.db, "admin").new_api_token(scopes=scopes)
+        """A token of the admin service with just these scopes; Hub 2 and later."""
+        service = orm.Service.find(self.db, "admin")
+        if jupyterhub.version_info >= (3,):
+            return service.new_api_token(scopes=scopes)
+        # Tokens had roles, and only roles had scopes. new_api_token(roles=...) refuses some that are fine.
+        token = service.new_api_token()
+        role = orm.Role(name="token-%d" % self.db.query(orm.Role).count(), scopes=scopes)
+        orm.APIToken.find(self.db, token).roles = [role]
+        self.db.commit()
+        return token
+
+    def post_named_servers(self, name):
+        """The names of a user's named servers, stopped ones too."""
+        return sorted(filter(None, self.find_user(name).orm_user.orm_spawners))
+
+    def post_about(self):
+        """The Hub's version, and whether all servers that are ready are as old as they should be."""
+        settled = not any(spawner.fresh for spawner in DoubleSpawner.alive)
+        return {"version": jupyterhub.version_info[:3], "settled": settled}
 
     def post_inherit(self, users):
         """What an older Hub has left, which took names that this one refuses; Hub 6 and later.

@@ -27,7 +27,7 @@ c.JupyterHub.db_url = "sqlite:///jupyterhub.sqlite"
 
 # Servers outlive the Hub, named ones are allowed, and any number may start at once.
 c.JupyterHub.cleanup_servers = False
-c.JupyterHub.allow_named_servers = True
+c.JupyterHub.allow_named_servers = bool(env["REAL_HUB_NAMED_SERVERS"])
 c.JupyterHub.concurrent_spawn_limit = 0
 c.JupyterHub.last_activity_interval = 24 * 3600
 c.Spawner.poll_interval = 0
@@ -44,6 +44,14 @@ tokens = {
     "user-culler": env["REAL_HUB_USER_CULLER_TOKEN"],
 }
 c.JupyterHub.services = [{"name": name, "api_token": token} for name, token in tokens.items()]
+
+if jupyterhub.version_info < (0, 8):  # it finds this configurable-http-proxy up
+    c.JupyterHub.proxy_api_ip = "127.0.0.1"
+    c.JupyterHub.proxy_api_port = doubles.DoubleSpawner.port
+
+if jupyterhub.version_info < (0, 7):  # no services: their tokens are a user's
+    c.JupyterHub.api_tokens = dict.fromkeys(tokens.values(), env["REAL_HUB_TOKEN_OWNER"])
+    c.Authenticator.admin_users = {env["REAL_HUB_TOKEN_OWNER"]}
 
 if jupyterhub.version_info >= (1, 1):
     c.JupyterHub.init_spawners_timeout = -1
