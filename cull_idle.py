@@ -285,6 +285,9 @@ def read_servers(model: object) -> list[Server]:
     model = named(model)
     name, servers = model["name"], model.get("servers")
     if isinstance(servers, dict):
+        if "" not in servers and model.get("pending"):
+            # JupyterHub 0.8 with named servers lists the ready ones: what the default one waits for is the user's.
+            servers = {**servers, "": {"url": None}}
         return [
             read_server(name, server_name, server, model)
             for server_name, server in servers.items()

@@ -89,6 +89,11 @@ def test_a_pending_user_of_old_makes_a_pending_server() -> None:  # JupyterHub 0
     assert [server[:7] for server in read_user(model).servers] == [("ann", "", False, "spawn", None, WHEN, "")]
 
 
+def test_a_pending_user_whose_default_server_is_not_listed_has_a_pending_one() -> None:  # JupyterHub 0.8, named servers
+    model = {"name": "ann", "admin": False, "last_activity": MOMENT, "server": None, "pending": "spawn", "servers": {}}
+    assert [server[:7] for server in read_user(model).servers] == [("ann", "", False, "spawn", None, WHEN, "")]
+
+
 def test_a_stopped_server_is_none() -> None:
     assert read_user({**ANN, "servers": {"": {**SERVER, "ready": False, "stopped": True}}}).servers == []
 
