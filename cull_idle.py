@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TextIO, TypeVar
 
 import click
 
@@ -1616,15 +1616,15 @@ class Report:
         rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
         rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
-        width = terminal_width()
+        width = terminal_width(sys.stdout)
         lines = [*table(rows, width)] if rows else []
         users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if self._settings.cull_users else ""
-        lines.append(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+        lines += wrap(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.", width)
         if self._settings.max_culls:
             try:
                 self._settings.max_culls.check(scan)
             except FuseBlown as error:
-                lines.append(f"But {error}.")
+                lines += wrap(f"But {error}.", width)
         if scan.running:
             lines += ["", *bars(scan.idle_for, self._settings.timeout, width)]
         click.echo("\n".join(lines), color=wants_color())
@@ -1724,8 +1724,9 @@ def pass_facts(result: PassResult, url: str) -> dict[str, object]:
 # ---- A plan, as a table and as bars
 
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")
-NARROW = 12  # columns that a name is left with
+NARROWEST = 40  # columns that are laid out for
 READABLE = 24  # columns that a reason needs to stand beside the rest
+AT_TIMEOUT = "  <- --timeout"
 COLOURS: Mapping[str, Mapping[str, Any]] = {
     "kept": {"dim": True},
     "warned": {"fg": "yellow"},
@@ -1740,11 +1741,14 @@ def wants_color() -> bool | None:
     return False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
 
 
-def terminal_width() -> int | None:
-    """The columns of the terminal; None if stdout is none."""
-    import shutil
+def terminal_width(stream: TextIO) -> int | None:
+    """The columns of the terminal that a stream leads to; None if it leads to none."""
+    return max(os.get_terminal_size(stream.fileno()).columns or 80, NARROWEST) if stream.isatty() else None
 
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+def displayed(text: str) -> str:
+    """A text as stdout shows it: what its encoding lacks is escaped."""
+    return text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
 
 
 def columns(text: str) -> int:
@@ -1759,16 +1763,37 @@ def columns(text: str) -> int:
     )
 
 
-def cut_middle(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
+    """As much of the beginning of a text as takes at most that many columns."""
+    if text.isascii():
+        return text[:width]
+    for end, char in enumerate(text):
+        width -= columns(char)
+        if width < 0:
+            return text[:end]
+    return text
+
+
+def cut_middle(text: str, width: int, mark: str = "…") -> str:
     """A text of at most that many columns, at the cost of its middle."""
     if columns(text) <= width:
         return text
-    head, tail = text[: width // 2], text[-((width - 1) // 2) :]
-    while columns(head) > width // 2:
-        head = head[:-1]
-    while columns(tail) > (width - 1) // 2:
+    tail = fit(text[::-1], (width - 1) // 2)[::-1]
+    while tail and not columns(tail[0]):  # an accent whose letter is cut off
         tail = tail[1:]
-    return f"{head}…{tail}"
+    return f"{fit(text, width // 2)}{mark}{tail}"
+
+
+def wrap(text: str, width: int | None) -> list[str]:
+    """Lines of at most that many columns, two or more, broken between words where that is possible."""
+    lines = []
+    while width and columns(text) > width:
+        most = len(fit(text, width))
+        end = text.rfind(" ", 1, most + 1)
+        end = most if end < 0 else end
+        lines.append(text[:end])
+        text = text[end:].lstrip(" ")
+    return [*lines, text]
 
 
 Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what would be done to it, and why
@@ -1776,50 +1801,49 @@ Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what 
 
 def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
     """Lines of a table that takes no more than that many columns: names are cut in the middle, reasons wrapped."""
-    import textwrap
-
     cells = []
     for target, verdict, would_be, reason in rows:
         idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
-        cells.append((target.full_name, idle, age, would_be, f"{would_be}: {reason}"))
+        cells.append((displayed(target.full_name), idle, age, would_be, displayed(f"{would_be}: {reason}")))
     header = ("SERVER", "IDLE", "AGE", "", "WOULD BE")
     names, idles, ages, _, room = (max(map(columns, column)) for column in zip(header, *cells, strict=True))
     numbers = 2 + idles + 2 + ages + 2
     beside = True
     if width is not None and names + numbers + room > width:
-        names = min(names, max(NARROW, width - numbers - room))
-        beside = width - names - numbers >= READABLE
+        least = min(names, width // 3)
+        beside = width - least - numbers >= READABLE
+        names = min(names, max(least, width - numbers - room) if beside else width - numbers + 2)
         room = width - names - numbers if beside else width - 2
-    yield click.style(f"{'SERVER':{names}}  {'IDLE':{idles}}  {'AGE':{ages}}  WOULD BE", bold=True)
+    indent = " " * (names + numbers if beside else 2)
+    mark = "…" if displayed("…") == "…" else "~"
+
+    def line(name: str, idle: str, age: str, why: str) -> str:
+        left = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}"
+        return f"{left}  {why}" if beside else f"{left.rstrip()}\n{indent}{why}"
+
+    yield click.style(line("SERVER", "IDLE", "AGE", "WOULD BE"), bold=True)
     for full_name, idle, age, would_be, why in cells:
-        name = cut_middle(full_name, names)
-        line = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}  "
-        first, *others = textwrap.wrap(why, room) if columns(why) > room else [why]
+        first, *others = wrap(why, room)
         first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
-        if beside:
-            yield line + first
-            yield from (" " * (names + numbers) + other for other in others)
-        else:
-            yield line.rstrip()
-            yield from (f"  {other}" for other in (first, *others))
+        yield line(cut_middle(full_name, names, mark), idle, age, first)
+        yield from (indent + other for other in others)
 
 
 def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | None) -> Iterator[str]:
     """A picture of how many servers each of some timeouts would stop, and --timeout."""
     eighths = " ▏▎▍▌▋▊▉█"
-    try:
-        eighths.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        eighths = " " * 8 + "#"
-    labels = {parse_duration(step): step for step in IDLE_STEPS}
-    longest = min(40, (width or 80) - 30)
+    if displayed(eighths) != eighths:
+        eighths = " ########"
+    written = {parse_duration(step): step for step in IDLE_STEPS}
+    labels = [written.get(step) or format_duration(step) for step in idle_for]
+    indent = max(7, *map(len, labels))
     most = max(idle_for.values()) or 1
+    longest = min(40, (width or 80) - indent - len(f"   {most}{AT_TIMEOUT}"))
     yield "idle for at least"
-    for step, count in idle_for.items():
-        full, part = divmod(count * longest * 8 // most, 8)
+    for label, (step, count) in zip(labels, idle_for.items(), strict=True):
+        full, part = divmod(max(count * longest * 8 // most, count > 0), 8)
         bar = (eighths[-1] * full + eighths[part]).strip()
-        mark = "  <- --timeout" if step == timeout else ""
-        yield f"{labels.get(step) or format_duration(step):>7}  {bar}{' ' * bool(bar)}{count}{mark}"
+        yield f"{label:>{indent}}  {bar}{' ' * bool(bar)}{count}{AT_TIMEOUT * (step == timeout)}"
 
 
 # ---- Figures for Prometheus
