@@ -1525,6 +1525,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
 HANDFUL = 10  # more than these get a progress bar
+ERASE = "\r\033[K"  # the line on which a bar is
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
@@ -1551,12 +1552,15 @@ class Report:
     def say(self, level: str, sentence: str) -> None:
         """Log a sentence."""
         if self._bar:
-            click.echo("\r\033[2K", nl=False, err=True)
+            click.echo(ERASE, nl=False, err=True)
         getattr(self._log, level)("%s", sentence)
+        self._draw_bar()
 
     def event(self, event: Event) -> None:
         """Say what became of something due. Failures of one kind are said once, and counted, unless all is wanted."""
         facts = self._facts(event)
+        if self._bar and event.outcome is not Outcome.WARNED:
+            self._bar.make_step(1)
         if event.outcome is not Outcome.FAILED:
             self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
         else:
@@ -1565,8 +1569,6 @@ class Report:
             echo_json(facts)
         if self._notices and event.outcome in NOTIFIED:
             self._notices.send(facts)
-        if self._bar and event.outcome is not Outcome.WARNED:
-            self._bar.update(1)
 
     @contextlib.contextmanager
     def culling(self, due: int, token: str, stop: threading.Event) -> Iterator[None]:
@@ -1575,15 +1577,9 @@ class Report:
             if self._settings.notify:
                 self._notices = Notices(self._settings.notify, token, stop)
                 stack.callback(self._end_notices)
-            if (
-                due > HANDFUL
-                and sys.stderr.isatty()
-                and self._settings.level in ("debug", "info")
-                and not self._settings.json
-            ):
-                bar: Any = click.progressbar(length=due, show_pos=True, file=sys.stderr)
-                self._bar = stack.enter_context(bar)
-                stack.callback(setattr, self, "_bar", None)
+            if due > HANDFUL and self._settings.level in ("debug", "info") and not self._settings.json:
+                stack.callback(self._end_bar)
+                self._begin_bar(due)
             yield
 
     def result(self, result: PassResult, pause: float | None = None) -> None:
@@ -1628,6 +1624,22 @@ class Report:
         if scan.running:
             lines += ["", *bars(scan.idle_for, self._settings.timeout, width)]
         click.echo("\n".join(lines), color=wants_color())
+
+    def _begin_bar(self, due: int) -> None:
+        """Show a bar if stderr is a terminal. Only what click says of it is used: drawing, it would hide the cursor."""
+        if (width := terminal_width(sys.stderr)) and os.environ.get("TERM") != "dumb":
+            beside = len(f"  []  {due}/{due}  9d 00:00:00 ")
+            self._bar = click.progressbar(length=due, show_pos=True, width=min(36, width - beside), file=sys.stderr)
+            self._draw_bar()
+
+    def _draw_bar(self) -> None:
+        if self._bar:
+            click.echo(f"{ERASE}{self._bar.format_progress_line()}", nl=False, err=True)
+
+    def _end_bar(self) -> None:
+        if self._bar:
+            click.echo(ERASE, nl=False, err=True)
+            self._bar = None
 
     def _would_be(self, event: Event) -> str:
         if event.outcome is Outcome.WARNED:

@@ -19,7 +19,8 @@ from hub import RealHub
 from scripted_hub import ScriptedHub
 
 PROGRAM = Path(__file__).parent.parent / "cull_idle.py"
-ROWS = 400  # more than any test needs, so that nothing is scrolled away
+LOGGED_AT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+ROWS = 60  # more than any test needs, so that nothing is scrolled away
 
 
 class Screen:
@@ -39,10 +40,11 @@ class Screen:
         return "\n".join(row.rstrip() for row in self.screen.display).rstrip().split("\n")
 
     @property
-    def lines(self) -> list[str]:
-        """The rows, those put together that a full row before them runs into."""
-        text = "\n".join(self.rows)
-        return re.sub(rf"(?m)(^.{{{self.columns}}}(?=\n.))\n", r"\1", text).split("\n")
+    def log(self) -> list[str]:
+        """The lines of a log, without their timestamps, each of which may go on for several rows."""
+        nothing, *lines = LOGGED_AT.split("".join(self.screen.display))
+        assert nothing.strip() == ""
+        return [line.rstrip() for line in lines]
 
     def colour(self, word: str) -> str:
         """The foreground of the first character of a word, where it stands first."""
