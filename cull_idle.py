@@ -526,8 +526,8 @@ class Rule(NamedTuple):
 
     @property
     def of_users(self) -> bool:
-        """Whether it is about users too: it keeps, and matches nothing of a server."""
-        return self.keep and not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
+        """Whether it may apply to users too: it matches nothing of a server."""
+        return not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
 
 
 def parse_rule(text: str) -> Rule:
@@ -972,7 +972,7 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
     """Raise HubError, with the role that would help, if the token may not do what these settings need."""
     needed = ["list:users", "read:servers"]
     needed += [scope for scope in settings.rule_scopes if scope not in needed]
-    if not settings.dry_run:
+    if not settings.dry_run and settings.explain is None:
         needed.append("delete:servers")
         if settings.cull_users and "delete:users" not in identity.scopes:
             needed.append("admin:users")
@@ -1394,10 +1394,10 @@ class Culler:
     def run(self) -> Exit:
         """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
         token = read_token(self.settings.token_file)
-        if self.settings.explain:
+        if self.settings.explain is not None:
             with self._hub(token) as hub:
-                for label, fact in explain(hub, self.settings, self.settings.explain):
-                    click.echo(f"{label:9}{fact}")
+                self._check_scopes(hub)
+                self.report.reasons(explain(hub, self.settings, self.settings.explain))
             return Exit.DONE
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
@@ -1526,6 +1526,7 @@ def stop_signals() -> Iterator[threading.Event]:
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
 HANDFUL = 10  # more than these get a progress bar
 ERASE = "\r\033[K"  # the line on which a bar is
+BESIDE_LABEL = " " * 9  # where the facts of --explain stand
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
@@ -1650,6 +1651,14 @@ class Report:
         if isinstance(target, User):
             return "delete"
         return "remove" if target.name and self._settings.remove_named_servers else "stop"
+
+    @staticmethod
+    def reasons(facts: Iterable[tuple[str, str]]) -> None:
+        """Print labels and facts, one below the other."""
+        width = terminal_width(sys.stdout)
+        for label, fact in facts:
+            lines = wrap(displayed(fact), width and width - len(BESIDE_LABEL))
+            click.echo(f"{label:{len(BESIDE_LABEL)}}" + f"\n{BESIDE_LABEL}".join(lines))
 
     def _facts(self, event: Event) -> dict[str, object]:
         """An event for programs, as the README documents it."""
@@ -1996,6 +2005,8 @@ def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]
     Raises CullError.
     """
     user_name, _, server_name = name.partition("/")
+    if not user_name:
+        raise UsageError("--explain: write USER, or USER/SERVER for a named server.")
     user, now = hub.user(user_name)
     if user is None:
         raise UsageError(f"--explain: {hub.url} knows no user {shorten(user_name, 40)!r}.")
@@ -2008,45 +2019,69 @@ def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]
         policy = settings.policies.of_server(server)
         verdict = judge_server(server, policy, now)
         yield "server", server.full_name
-        yield (
-            "ready",
-            ("yes" if server.ready else "no") + (f", pending {shorten(server.pending, 20)}" * bool(server.pending)),
-        )
-        yield from explain_limits(server, server.started, verdict, policy, settings.rule)
-        yield "verdict", f"{'would be stopped' if verdict.cull else 'kept'}: {verdict.reason}"
+        ready = "yes" if server.ready else "unknown" if server.doubt else "no"
+        yield "ready", ready + (f", pending {shorten(server.pending, 20)}" if server.pending else "")
+        yield from explain_limits(server, verdict, policy, list(enumerate(settings.rule, 1)), now)
+        would_be = "removed" if server.name and settings.remove_named_servers else "stopped"
+        yield "verdict", f"{f'would be {would_be}' if verdict.cull else 'kept'}: {verdict.reason}"
     else:
         others = ", ".join(each.full_name for each in user.servers)
         yield "server", f"{printable(name)} is not running" + (f", only {others}" if others else "")
+        yield "verdict", "nothing to stop"
     if settings.cull_users and not server_name:
-        rules = [rule for rule in settings.rule if rule.of_users]
+        rules = [(number, rule) for number, rule in enumerate(settings.rule, 1) if rule.of_users]
         policy = settings.policies.of_user(user)
         verdict = judge_user(user, policy, now)
-        yield "user", printable(user.name)
-        yield from explain_limits(user, user.created, verdict, policy, rules)
-        staying = " once no server is left" if user.servers else ""
-        yield "verdict", f"{f'would be deleted{staying}' if verdict.cull else 'kept'}: {verdict.reason}"
+        yield "user", printable(user.name) + ", an admin" * user.admin
+        yield from explain_limits(user, verdict, policy, rules, now)
+        staying = [
+            each.full_name
+            for each in user.servers
+            if not judge_server(each, settings.policies.of_server(each), now).cull
+        ]
+        if verdict.cull and staying:
+            verdict = verdict._replace(cull=False, because=f"{', '.join(staying)} would not be stopped")
+        first = " once no server is left" if user.servers else ""
+        yield "verdict", f"{f'would be deleted{first}' if verdict.cull else 'kept'}: {verdict.reason}"
 
 
 def explain_limits(
-    target: Server | User, born: datetime | None, verdict: Verdict, policy: Policy, rules: Sequence[Rule]
+    target: Server | User, verdict: Verdict, policy: Policy, rules: Sequence[tuple[int, Rule]], now: datetime
 ) -> Iterator[tuple[str, str]]:
     """What is measured of a server or a user, which rule applies, and what the limits come to."""
+    birth, born = ("started", target.started) if isinstance(target, Server) else ("created", target.created)
     active = target.last_activity
-    birth = "started" if isinstance(target, Server) else "created"
+    stands_in = f": when it was {birth}, no activity is known" if target.model.get("last_activity") is None else ""
     for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
         ago = f", {format_duration(measured)} ago" if measured is not None else ""
-        yield label, f"{format_time(moment)}{ago}" if moment else "unknown"
-    for rule in rules:
+        yield label, f"{format_time(moment)}{ago}{stands_in * (label == 'active')}" if moment else "unknown"
+    for number, rule in rules:
         misfits = [field for field, glob in rule.matches if not any(map(glob.match, target.facts(field) or ()))]
         if not misfits:
-            yield "rule", f"{rule.text}: applies"
+            servers_only = ", its limits only to servers" if isinstance(target, User) and not rule.keep else ""
+            yield f"rule {number}", f"{rule.text}: applies{servers_only}"
             break
         values = ", ".join(target.facts(misfits[0]) or ("none",))
-        yield "rule", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
+        yield f"rule {number}", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
     for label, limit, since in (("timeout", policy.timeout, active), ("max-age", policy.max_age, born)):
-        latest = datetime(LAST_YEAR, 1, 1, tzinfo=UTC)
-        reached = since and limit.duration < latest - since and f", reached at {format_time(since + limit.duration)}"
-        yield label, str(limit) + (reached or "")
+        yield label, reach(limit, since, now)
+    if policy.arbiter:
+        yield "arbiter", "decides in place of the timeout"
+
+
+def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
+    """A limit, and when something reaches it that goes on since then."""
+    by_rule = limit.source.partition(":")[0]
+    if limit.duration == NEVER:
+        return f"never{by_rule}"
+    text = f"{format_duration(limit.duration)}{by_rule}"
+    if since is None:
+        return f"{text}, not reached: unknown since when"
+    left = limit.duration - max(now - since, ZERO)
+    if left >= datetime(LAST_YEAR, 1, 1, tzinfo=UTC) - now:
+        return f"{text}, not reached"
+    at = format_time(now + left)
+    return f"{text}, not reached before {at}, in {format_duration(left)}" if left > ZERO else f"{text}, reached at {at}"
 
 
 # ---- The command line: each option is declared once, as a field of Settings
