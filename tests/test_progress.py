@@ -12,6 +12,8 @@ from terminal import Session, in_pipe, in_terminal
 HOUR = 3600
 LONG_AGO = 2 * HOUR + 90
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
+# A Hub that is busy may take its time.
+LINE = re.compile(r"(?:INFO     culled|WARNING  stopping) (\S+): idle 2h01m, limit 1h(?:; not down after \ds)?")
 BAR = re.compile(r"^  \[#*-*\]  (\d+)/\d+(?:  [\d:]+)?$")
 
 
@@ -42,8 +44,9 @@ def test_a_bar_grows_below_the_log_and_tears_no_line_of_it(hub: RealHub, columns
     assert sorted(set(progress(session))) == list(range(len(NAMES) + 1))
     warned, *culled, summary = session.screen.log
     assert warned.startswith("INFO     warned soon: idle 46m")
-    assert sorted(culled) == sorted(f"INFO     culled {name}: idle 2h01m, limit 1h" for name in NAMES)
-    assert re.fullmatch(r"INFO     pass: 12 running, 11 due, 11 culled, 1 warned in \d+\.\ds", summary)
+    lines = [LINE.fullmatch(line) for line in culled]
+    assert sorted(line[1] if line else "torn" for line in lines) == sorted(NAMES), culled
+    assert re.fullmatch(r"INFO     pass: 12 running, 11 due, .*, 1 warned in \d+\.\ds", summary)
 
 
 def test_the_bar_tells_how_long_it_will_take(scripted: ScriptedHub) -> None:
