@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TextIO, TypeVar
 
 import click
 
@@ -529,8 +529,8 @@ class Rule(NamedTuple):
 
     @property
     def of_users(self) -> bool:
-        """Whether it is about users too: it keeps, and matches nothing of a server."""
-        return self.keep and not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
+        """Whether it may apply to users too: it matches nothing of a server."""
+        return not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
 
 
 def parse_rule(text: str) -> Rule:
@@ -1011,7 +1011,7 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
     """Raise HubError, with the role that would help, if the token may not do what these settings need."""
     needed = ["list:users", "read:servers"]
     needed += [scope for scope in settings.rule_scopes if scope not in needed]
-    if not settings.dry_run:
+    if not settings.dry_run and settings.explain is None:
         needed.append("delete:servers")
         if settings.cull_users and "delete:users" not in identity.scopes:
             needed.append("admin:users")
@@ -1435,10 +1435,10 @@ class Culler:
     def run(self) -> Exit:
         """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
         token = read_token(self.settings.token_file)
-        if self.settings.explain:
+        if self.settings.explain is not None:
             with self._hub(token) as hub:
-                for label, fact in explain(hub, self.settings, self.settings.explain):
-                    click.echo(f"{label:9}{fact}")
+                self._check_scopes(hub)
+                self.report.reasons(explain(hub, self.settings, self.settings.explain))
             return Exit.DONE
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
@@ -1566,6 +1566,8 @@ def stop_signals() -> Iterator[threading.Event]:
 
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
 HANDFUL = 10  # more than these get a progress bar
+ERASE = "\r\033[K"  # the line on which a bar is
+BESIDE_LABEL = " " * 9  # where the facts of --explain stand
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
@@ -1592,12 +1594,15 @@ class Report:
     def say(self, level: str, sentence: str) -> None:
         """Log a sentence."""
         if self._bar:
-            click.echo("\r\033[2K", nl=False, err=True)
+            click.echo(ERASE, nl=False, err=True)
         getattr(self._log, level)("%s", sentence)
+        self._draw_bar()
 
     def event(self, event: Event) -> None:
         """Say what became of something due. Failures of one kind are said once, and counted, unless all is wanted."""
         facts = self._facts(event)
+        if self._bar and event.outcome is not Outcome.WARNED:
+            self._bar.make_step(1)
         if event.outcome is not Outcome.FAILED:
             self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
         else:
@@ -1606,8 +1611,6 @@ class Report:
             echo_json(facts)
         if self._notices and event.outcome in NOTIFIED:
             self._notices.send(facts)
-        if self._bar and event.outcome is not Outcome.WARNED:
-            self._bar.update(1)
 
     @contextlib.contextmanager
     def culling(self, due: int, token: str, stop: threading.Event) -> Iterator[None]:
@@ -1616,15 +1619,9 @@ class Report:
             if self._settings.notify:
                 self._notices = Notices(self._settings.notify, token, stop)
                 stack.callback(self._end_notices)
-            if (
-                due > HANDFUL
-                and sys.stderr.isatty()
-                and self._settings.level in ("debug", "info")
-                and not self._settings.json
-            ):
-                bar: Any = click.progressbar(length=due, show_pos=True, file=sys.stderr)
-                self._bar = stack.enter_context(bar)
-                stack.callback(setattr, self, "_bar", None)
+            if due > HANDFUL and self._settings.level in ("debug", "info") and not self._settings.json:
+                stack.callback(self._end_bar)
+                self._begin_bar(due)
             yield
 
     def result(self, result: PassResult, pause: float | None = None) -> None:
@@ -1657,18 +1654,34 @@ class Report:
         rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
         rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
-        width = terminal_width()
+        width = terminal_width(sys.stdout)
         lines = [*table(rows, width)] if rows else []
         users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if self._settings.cull_users else ""
-        lines.append(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.")
+        lines += wrap(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.", width)
         if self._settings.max_culls:
             try:
                 self._settings.max_culls.check(scan)
             except FuseBlown as error:
-                lines.append(f"But {error}.")
+                lines += wrap(f"But {error}.", width)
         if scan.running:
             lines += ["", *bars(scan.idle_for, self._settings.timeout, width)]
         click.echo("\n".join(lines), color=wants_color())
+
+    def _begin_bar(self, due: int) -> None:
+        """Show a bar if stderr is a terminal. Only what click says of it is used: drawing, it would hide the cursor."""
+        if (width := terminal_width(sys.stderr)) and os.environ.get("TERM") != "dumb":
+            beside = len(f"  []  {due}/{due}  9d 00:00:00 ")
+            self._bar = click.progressbar(length=due, show_pos=True, width=min(36, width - beside), file=sys.stderr)
+            self._draw_bar()
+
+    def _draw_bar(self) -> None:
+        if self._bar:
+            click.echo(f"{ERASE}{self._bar.format_progress_line()}", nl=False, err=True)
+
+    def _end_bar(self) -> None:
+        if self._bar:
+            click.echo(ERASE, nl=False, err=True)
+            self._bar = None
 
     def _would_be(self, event: Event) -> str:
         if event.outcome is Outcome.WARNED:
@@ -1679,6 +1692,14 @@ class Report:
         if isinstance(target, User):
             return "delete"
         return "remove" if target.name and self._settings.remove_named_servers else "stop"
+
+    @staticmethod
+    def reasons(facts: Iterable[tuple[str, str]]) -> None:
+        """Print labels and facts, one below the other."""
+        width = terminal_width(sys.stdout)
+        for label, fact in facts:
+            lines = wrap(displayed(fact), width and width - len(BESIDE_LABEL))
+            click.echo(f"{label:{len(BESIDE_LABEL)}}" + f"\n{BESIDE_LABEL}".join(lines))
 
     def _facts(self, event: Event) -> dict[str, object]:
         """An event for programs, as the README documents it."""
@@ -1765,8 +1786,9 @@ def pass_facts(result: PassResult, url: str) -> dict[str, object]:
 # ---- A plan, as a table and as bars
 
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")
-NARROW = 12  # columns that a name is left with
+NARROWEST = 40  # columns that are laid out for
 READABLE = 24  # columns that a reason needs to stand beside the rest
+AT_TIMEOUT = "  <- --timeout"
 COLOURS: Mapping[str, Mapping[str, Any]] = {
     "kept": {"dim": True},
     "warned": {"fg": "yellow"},
@@ -1781,11 +1803,14 @@ def wants_color() -> bool | None:
     return False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
 
 
-def terminal_width() -> int | None:
-    """The columns of the terminal; None if stdout is none."""
-    import shutil
+def terminal_width(stream: TextIO) -> int | None:
+    """The columns of the terminal that a stream leads to; None if it leads to none."""
+    return max(os.get_terminal_size(stream.fileno()).columns or 80, NARROWEST) if stream.isatty() else None
 
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+def displayed(text: str) -> str:
+    """A text as stdout shows it: what its encoding lacks is escaped."""
+    return text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
 
 
 def columns(text: str) -> int:
@@ -1800,16 +1825,37 @@ def columns(text: str) -> int:
     )
 
 
-def cut_middle(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
+    """As much of the beginning of a text as takes at most that many columns."""
+    if text.isascii():
+        return text[:width]
+    for end, char in enumerate(text):
+        width -= columns(char)
+        if width < 0:
+            return text[:end]
+    return text
+
+
+def cut_middle(text: str, width: int, mark: str = "…") -> str:
     """A text of at most that many columns, at the cost of its middle."""
     if columns(text) <= width:
         return text
-    head, tail = text[: width // 2], text[-((width - 1) // 2) :]
-    while columns(head) > width // 2:
-        head = head[:-1]
-    while columns(tail) > (width - 1) // 2:
+    tail = fit(text[::-1], (width - 1) // 2)[::-1]
+    while tail and not columns(tail[0]):  # an accent whose letter is cut off
         tail = tail[1:]
-    return f"{head}…{tail}"
+    return f"{fit(text, width // 2)}{mark}{tail}"
+
+
+def wrap(text: str, width: int | None) -> list[str]:
+    """Lines of at most that many columns, two or more, broken between words where that is possible."""
+    lines = []
+    while width and columns(text) > width:
+        most = len(fit(text, width))
+        end = text.rfind(" ", 1, most + 1)
+        end = most if end < 0 else end
+        lines.append(text[:end])
+        text = text[end:].lstrip(" ")
+    return [*lines, text]
 
 
 Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what would be done to it, and why
@@ -1817,50 +1863,49 @@ Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what 
 
 def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
     """Lines of a table that takes no more than that many columns: names are cut in the middle, reasons wrapped."""
-    import textwrap
-
     cells = []
     for target, verdict, would_be, reason in rows:
         idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
-        cells.append((target.full_name, idle, age, would_be, f"{would_be}: {reason}"))
+        cells.append((displayed(target.full_name), idle, age, would_be, displayed(f"{would_be}: {reason}")))
     header = ("SERVER", "IDLE", "AGE", "", "WOULD BE")
     names, idles, ages, _, room = (max(map(columns, column)) for column in zip(header, *cells, strict=True))
     numbers = 2 + idles + 2 + ages + 2
     beside = True
     if width is not None and names + numbers + room > width:
-        names = min(names, max(NARROW, width - numbers - room))
-        beside = width - names - numbers >= READABLE
+        least = min(names, width // 3)
+        beside = width - least - numbers >= READABLE
+        names = min(names, max(least, width - numbers - room) if beside else width - numbers + 2)
         room = width - names - numbers if beside else width - 2
-    yield click.style(f"{'SERVER':{names}}  {'IDLE':{idles}}  {'AGE':{ages}}  WOULD BE", bold=True)
+    indent = " " * (names + numbers if beside else 2)
+    mark = "…" if displayed("…") == "…" else "~"
+
+    def line(name: str, idle: str, age: str, why: str) -> str:
+        left = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}"
+        return f"{left}  {why}" if beside else f"{left.rstrip()}\n{indent}{why}"
+
+    yield click.style(line("SERVER", "IDLE", "AGE", "WOULD BE"), bold=True)
     for full_name, idle, age, would_be, why in cells:
-        name = cut_middle(full_name, names)
-        line = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}  "
-        first, *others = textwrap.wrap(why, room) if columns(why) > room else [why]
+        first, *others = wrap(why, room)
         first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
-        if beside:
-            yield line + first
-            yield from (" " * (names + numbers) + other for other in others)
-        else:
-            yield line.rstrip()
-            yield from (f"  {other}" for other in (first, *others))
+        yield line(cut_middle(full_name, names, mark), idle, age, first)
+        yield from (indent + other for other in others)
 
 
 def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | None) -> Iterator[str]:
     """A picture of how many servers each of some timeouts would stop, and --timeout."""
     eighths = " ▏▎▍▌▋▊▉█"
-    try:
-        eighths.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        eighths = " " * 8 + "#"
-    labels = {parse_duration(step): step for step in IDLE_STEPS}
-    longest = min(40, (width or 80) - 30)
+    if displayed(eighths) != eighths:
+        eighths = " ########"
+    written = {parse_duration(step): step for step in IDLE_STEPS}
+    labels = [written.get(step) or format_duration(step) for step in idle_for]
+    indent = max(7, *map(len, labels))
     most = max(idle_for.values()) or 1
+    longest = min(40, (width or 80) - indent - len(f"   {most}{AT_TIMEOUT}"))
     yield "idle for at least"
-    for step, count in idle_for.items():
-        full, part = divmod(count * longest * 8 // most, 8)
+    for label, (step, count) in zip(labels, idle_for.items(), strict=True):
+        full, part = divmod(max(count * longest * 8 // most, count > 0), 8)
         bar = (eighths[-1] * full + eighths[part]).strip()
-        mark = "  <- --timeout" if step == timeout else ""
-        yield f"{labels.get(step) or format_duration(step):>7}  {bar}{' ' * bool(bar)}{count}{mark}"
+        yield f"{label:>{indent}}  {bar}{' ' * bool(bar)}{count}{AT_TIMEOUT * (step == timeout)}"
 
 
 # ---- Figures for Prometheus
@@ -2001,6 +2046,8 @@ def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]
     Raises CullError.
     """
     user_name, _, server_name = name.partition("/")
+    if not user_name:
+        raise UsageError("--explain: write USER, or USER/SERVER for a named server.")
     user, now = hub.user(user_name)
     if user is None:
         raise UsageError(f"--explain: {hub.url} knows no user {shorten(user_name, 40)!r}.")
@@ -2013,45 +2060,69 @@ def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]
         policy = settings.policies.of_server(server)
         verdict = judge_server(server, policy, now)
         yield "server", server.full_name
-        yield (
-            "ready",
-            ("yes" if server.ready else "no") + (f", pending {shorten(server.pending, 20)}" * bool(server.pending)),
-        )
-        yield from explain_limits(server, server.started, verdict, policy, settings.rule)
-        yield "verdict", f"{'would be stopped' if verdict.cull else 'kept'}: {verdict.reason}"
+        ready = "yes" if server.ready else "unknown" if server.doubt else "no"
+        yield "ready", ready + (f", pending {shorten(server.pending, 20)}" if server.pending else "")
+        yield from explain_limits(server, verdict, policy, list(enumerate(settings.rule, 1)), now)
+        would_be = "removed" if server.name and settings.remove_named_servers else "stopped"
+        yield "verdict", f"{f'would be {would_be}' if verdict.cull else 'kept'}: {verdict.reason}"
     else:
         others = ", ".join(each.full_name for each in user.servers)
         yield "server", f"{printable(name)} is not running" + (f", only {others}" if others else "")
+        yield "verdict", "nothing to stop"
     if settings.cull_users and not server_name:
-        rules = [rule for rule in settings.rule if rule.of_users]
+        rules = [(number, rule) for number, rule in enumerate(settings.rule, 1) if rule.of_users]
         policy = settings.policies.of_user(user)
         verdict = judge_user(user, policy, now)
-        yield "user", printable(user.name)
-        yield from explain_limits(user, user.created, verdict, policy, rules)
-        staying = " once no server is left" if user.servers else ""
-        yield "verdict", f"{f'would be deleted{staying}' if verdict.cull else 'kept'}: {verdict.reason}"
+        yield "user", printable(user.name) + ", an admin" * user.admin
+        yield from explain_limits(user, verdict, policy, rules, now)
+        staying = [
+            each.full_name
+            for each in user.servers
+            if not judge_server(each, settings.policies.of_server(each), now).cull
+        ]
+        if verdict.cull and staying:
+            verdict = verdict._replace(cull=False, because=f"{', '.join(staying)} would not be stopped")
+        first = " once no server is left" if user.servers else ""
+        yield "verdict", f"{f'would be deleted{first}' if verdict.cull else 'kept'}: {verdict.reason}"
 
 
 def explain_limits(
-    target: Server | User, born: datetime | None, verdict: Verdict, policy: Policy, rules: Sequence[Rule]
+    target: Server | User, verdict: Verdict, policy: Policy, rules: Sequence[tuple[int, Rule]], now: datetime
 ) -> Iterator[tuple[str, str]]:
     """What is measured of a server or a user, which rule applies, and what the limits come to."""
+    birth, born = ("started", target.started) if isinstance(target, Server) else ("created", target.created)
     active = target.last_activity
-    birth = "started" if isinstance(target, Server) else "created"
+    stands_in = f": when it was {birth}, no activity is known" if target.model.get("last_activity") is None else ""
     for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
         ago = f", {format_duration(measured)} ago" if measured is not None else ""
-        yield label, f"{format_time(moment)}{ago}" if moment else "unknown"
-    for rule in rules:
+        yield label, f"{format_time(moment)}{ago}{stands_in * (label == 'active')}" if moment else "unknown"
+    for number, rule in rules:
         misfits = [field for field, glob in rule.matches if not any(map(glob.match, target.facts(field) or ()))]
         if not misfits:
-            yield "rule", f"{rule.text}: applies"
+            servers_only = ", its limits only to servers" if isinstance(target, User) and not rule.keep else ""
+            yield f"rule {number}", f"{rule.text}: applies{servers_only}"
             break
         values = ", ".join(target.facts(misfits[0]) or ("none",))
-        yield "rule", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
+        yield f"rule {number}", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
     for label, limit, since in (("timeout", policy.timeout, active), ("max-age", policy.max_age, born)):
-        latest = datetime(LAST_YEAR, 1, 1, tzinfo=UTC)
-        reached = since and limit.duration < latest - since and f", reached at {format_time(since + limit.duration)}"
-        yield label, str(limit) + (reached or "")
+        yield label, reach(limit, since, now)
+    if policy.arbiter:
+        yield "arbiter", "decides in place of the timeout"
+
+
+def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
+    """A limit, and when something reaches it that goes on since then."""
+    by_rule = limit.source.partition(":")[0]
+    if limit.duration == NEVER:
+        return f"never{by_rule}"
+    text = f"{format_duration(limit.duration)}{by_rule}"
+    if since is None:
+        return f"{text}, not reached: unknown since when"
+    left = limit.duration - max(now - since, ZERO)
+    if left >= datetime(LAST_YEAR, 1, 1, tzinfo=UTC) - now:
+        return f"{text}, not reached"
+    at = format_time(now + left)
+    return f"{text}, not reached before {at}, in {format_duration(left)}" if left > ZERO else f"{text}, reached at {at}"
 
 
 # ---- The command line: each option is declared once, as a field of Settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -207,6 +208,22 @@ def test_the_sample_of_a_pass_is_what_the_program_logs(cull_scripted: Cull, scri
         scripted.add(f"busy{number}")
     assert len(TIMESTAMP.findall(shown)) == len(shown.splitlines())
     assert sorted(untimed(cull_scripted("--timeout", "1h").err)) == sorted(untimed(shown))
+
+
+def test_the_sample_of_an_explanation_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
+    command = 'cull_idle.py --explain ann/gpu --timeout 1h --rule "group=gpu timeout=30m"'
+    shown = sample(command)
+    clock = cull_idle.parse_time(re.findall(r"^clock +(.*)$", shown, re.MULTILINE)[0])
+    assert clock
+    scripted.now = clock
+    idle, age = (
+        cull_idle.parse_duration(ago).total_seconds() for ago in re.findall(r", (\w+) ago$", shown, re.MULTILINE)
+    )
+    scripted.add("ann", "gpu", idle=idle, age=age)
+    scripted.users["ann"].groups = ["gpu"]
+    result = cull(*shlex.split(command)[1:], "--url", scripted.url, token=scripted.token)
+    printed = re.sub(", .* this machine's$", "", result.out, flags=re.MULTILINE)
+    assert printed.strip().replace(scripted.url, "http://127.0.0.1:8081/hub/api") == shown
 
 
 def add_shown(scripted: ScriptedHub, table: str) -> None:

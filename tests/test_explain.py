@@ -1,0 +1,306 @@
+"""--explain: everything that decides about one server, and the same verdict as a pass comes to."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from conftest import Cull, Result
+from hub import RealHub
+from scripted_hub import DROP, ScriptedHub
+from terminal import in_terminal
+
+HOUR = 3600
+DAY = 24 * HOUR
+LONG_AGO = 2 * HOUR + 30  # what is written, "2h", does not depend on how long a test takes
+
+
+def facts(result: Result) -> dict[str, str]:
+    """What stands beside each label; of a label that is there twice, the first."""
+    assert result.exit_code == 0
+    assert result.err == ""
+    found: dict[str, str] = {}
+    for line in result.out.splitlines():
+        found.setdefault(line[:9].rstrip(), line[9:])
+    return found
+
+
+def ago(text: str) -> str:
+    """A fact without its moment, which a test cannot know."""
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "WHEN", text)
+
+
+# The same verdict as a dry run's
+
+RULES = ["--rule=group=gpu server=?* timeout=30m", "--rule=user=svc-* keep", "--rule=user=cat timeout=never"]
+OPTIONS = ["--timeout=1h", "--max-age=20d", "--cull-users", "--user-timeout=3h", *RULES]
+
+
+@pytest.fixture
+def school(hub: RealHub) -> RealHub:
+    """Servers that are idle, busy, old, starting or under a rule, and users with and without one."""
+    idle = {"idle_seconds": 2 * HOUR + 90, "age_seconds": 5 * HOUR + 90}
+    busy = {"idle_seconds": 60 * 45 + 30, "age_seconds": 5 * HOUR + 90}
+    old = {"idle_seconds": 60 * 45 + 30, "age_seconds": 30 * DAY + 90}
+    user_idle = {"user_idle_seconds": 4 * HOUR + 90, "user_age_seconds": 9 * DAY + 90}
+    hub.add_user("ann", groups=["gpu"])
+    hub.spawn_many(
+        [
+            ("ann", "", {**busy, **user_idle}),
+            ("ann", "gpu", {**busy, **user_idle}),
+            ("bob", "", {**idle, **user_idle}),
+            ("cat", "", {**idle, **user_idle}),
+            ("fay", "", {**old, "user_idle_seconds": HOUR + 90, "user_age_seconds": 19 * DAY + 90}),
+            ("svc-db", "", {**idle, **user_idle}),
+        ]
+    )
+    hub.spawn("eve", wait=False, start_seconds=60)
+    hub.add_user("gus", idle_seconds=4 * HOUR + 90, age_seconds=9 * DAY + 90)
+    hub.add_user("hal", idle_seconds=HOUR + 90, age_seconds=9 * DAY + 90)
+    return hub
+
+
+def verdicts(explained: Result) -> list[str]:
+    """Why a server, or a user, would be what."""
+    found = [line.removeprefix("verdict").strip() for line in explained.out.splitlines() if line.startswith("verdict")]
+    return [re.sub(r"^would be | once no server is left(?=:)", "", verdict) for verdict in found]
+
+
+def test_the_verdict_is_that_of_a_dry_run(school: RealHub, cull_real: Cull) -> None:
+    token = school.user_culler_token
+    *lines, _ = cull_real("--dry-run", "-v", *OPTIONS, token=token).table
+    planned = {re.split("  +", line)[0]: re.split("  +", line, maxsplit=3)[3] for line in lines[1:]}
+    explained: dict[str, str] = {}
+    for name in ("ann", "ann/gpu", "bob", "cat", "eve", "fay", "gus", "hal", "svc-db"):
+        verdict, *of_user = verdicts(cull_real("--explain", name, *OPTIONS, token=token))
+        explained |= {name: verdict} | {f"user {name}": each for each in of_user}
+    without_server = {explained.pop("gus"), explained.pop("hal")}
+    # A user one of whose servers stays is not in the plan at all.
+    staying = {name: explained.pop(f"user {name}") for name in ("ann", "cat", "eve", "svc-db")}
+    assert without_server == {"nothing to stop"}
+    assert all(verdict.startswith("kept: ") for verdict in staying.values())
+    assert staying["cat"] == "kept: cat would not be stopped"
+    assert explained.pop("eve") == planned.pop("eve") == "kept: pending spawn"
+    assert {name: untimed(text) for name, text in explained.items()} == {n: untimed(t) for n, t in planned.items()}
+    assert {text.split(":")[0] for text in explained.values()} == {"stopped", "deleted", "kept"}
+
+
+def untimed(text: str) -> str:
+    return re.sub(r"(?<=m)\d\ds", "", text)
+
+
+# What it says
+
+
+def test_an_idle_server_that_a_rule_applies_to(hub: RealHub, cull_real: Cull) -> None:
+    hub.add_user("ann", groups=["gpu", "staff"])
+    hub.spawn("ann", "gpu", idle_seconds=LONG_AGO, age_seconds=5 * HOUR + 30)
+    rules = ["--rule=group=physics keep", "--rule=group=gpu timeout=1h30m", "--rule=server=* keep"]
+    token = hub.user_culler_token
+    found = facts(cull_real("--explain=ann/gpu", "--timeout=10m", "--max-age=1d", *rules, token=token))
+    assert list(found) == [
+        *("hub", "clock", "server", "ready", "active", "started", "rule 1", "rule 2", "timeout", "max-age", "verdict")
+    ]
+    assert found["hub"] == f"{hub.url}, JupyterHub 6.1.1"
+    assert (found["server"], found["ready"]) == ("ann/gpu", "yes")
+    assert re.fullmatch(r"WHEN, 2h00m\d\ds ago", ago(found["active"]))
+    assert re.fullmatch(r"WHEN, 5h00m\d\ds ago", ago(found["started"]))
+    assert found["rule 1"] == "group=physics keep: does not apply, group is gpu, staff"
+    assert found["rule 2"] == "group=gpu timeout=1h30m: applies"
+    assert ago(found["timeout"]) == "1h30m by rule 2, reached at WHEN"
+    assert re.fullmatch(r"1d, not reached before WHEN, in 18h59m\d\ds", ago(found["max-age"]))
+    assert found["verdict"] == "would be stopped: idle 2h, limit 1h30m by rule 2: group=gpu timeout=1h30m"
+
+
+def test_a_limit_is_reached_when_the_idle_time_is_that_long(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.now = datetime(2026, 11, 22, 21, 0, 0, tzinfo=UTC)
+    scripted.add("ann", idle=HOUR, age=2 * HOUR)
+    found = facts(cull_scripted("--explain=ann", "--timeout=1h", "--max-age=1d"))
+    assert found["active"] == "2026-11-22T20:00:00Z, 1h ago"
+    assert found["timeout"] == "1h, reached at 2026-11-22T21:00:00Z"
+    assert found["max-age"] == "1d, not reached before 2026-11-23T19:00:00Z, in 22h"
+    later = facts(cull_scripted("--explain=ann", "--timeout=1h0m1s", "--max-age=never"))
+    assert later["timeout"] == "1h00m01s, not reached before 2026-11-22T21:00:01Z, in 1s"
+    assert later["max-age"] == "never"
+    assert facts(cull_scripted("--explain=ann", "--timeout=999999999d"))["timeout"] == "999999999d, not reached"
+
+
+def test_a_server_that_starts_is_explained(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", wait=False, start_seconds=60)
+    found = facts(cull_real("--explain=ann", "--timeout=0"))
+    assert (found["ready"], found["verdict"]) == ("no, pending spawn", "kept: pending spawn")
+
+
+def test_a_server_that_does_not_run_is_explained(hub: RealHub, cull_real: Cull) -> None:
+    hub.add_user("bob")
+    hub.spawn("ann", "gpu")
+    assert facts(cull_real("--explain=bob"))["server"] == "bob is not running"
+    found = facts(cull_real("--explain=ann"))
+    assert (found["server"], found["verdict"]) == ("ann is not running, only ann/gpu", "nothing to stop")
+    assert facts(cull_real("--explain=ann/gp\x1b"))["server"] == r"ann/gp\x1b is not running, only ann/gpu"
+
+
+@pytest.mark.parametrize("says", ["cull", "keep"])
+def test_an_arbiter_is_asked_and_named(hub: RealHub, cull_real: Cull, tmp_path: Path, says: str) -> None:
+    file = tmp_path / "arbiter.py"
+    file.write_text(f"def decide(inactive): return {says == 'cull'}")
+    hub.spawn("ann", idle_seconds=LONG_AGO)
+    found = facts(cull_real("--explain=ann", "--timeout=1h", f"--arbiter={file}:decide"))
+    assert found["arbiter"] == "decides in place of the timeout"
+    verb = {"cull": "would be stopped", "keep": "kept"}[says]
+    assert found["verdict"] == f"{verb}: the arbiter says {says}, idle 2h"
+
+
+def test_a_named_server_would_be_removed_where_that_is_asked_for(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", "gpu", idle=LONG_AGO)
+    found = facts(cull_scripted("--explain=ann/gpu", "--timeout=1h", "--remove-named-servers"))
+    assert found["verdict"] == "would be removed: idle 2h, limit 1h"
+
+
+def test_a_user_is_explained_whose_server_stays(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", idle_seconds=LONG_AGO, user_idle_seconds=LONG_AGO, user_age_seconds=3 * DAY)
+    hub.spawn("ann", "gpu", user_idle_seconds=LONG_AGO, user_age_seconds=3 * DAY)
+    result = cull_real("--explain=ann", "--timeout=1h", "--cull-users", token=hub.user_culler_token)
+    assert verdicts(result) == ["stopped: idle 2h, limit 1h", "kept: ann/gpu would not be stopped"]
+    assert facts(result)["user"] == "ann"
+    assert list(facts(result))[-1] == "created"
+
+
+def test_rules_of_users_keep_their_numbers(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add_user("ann", idle=LONG_AGO, admin=True)
+    rules = ["--rule=server=* keep", "--rule=user=bob timeout=5h", "--rule=admin=true keep"]
+    result = cull_scripted("--explain=ann", "--cull-users", *rules)
+    found = facts(result)
+    assert found["user"] == "ann, an admin"
+    assert {label: fact for label, fact in found.items() if label.startswith("rule")} == {
+        "rule 2": "user=bob timeout=5h: does not apply, user is ann",
+        "rule 3": "admin=true keep: applies",
+    }
+    assert verdicts(result)[-1] == "kept: rule 3: admin=true keep"
+
+
+def test_a_rule_for_servers_may_stand_before_one_that_keeps_the_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.add_user("ann", idle=LONG_AGO)
+    result = cull_scripted("--explain=ann", "--cull-users", "--rule=user=a* timeout=5h", "--rule=user=ann keep")
+    assert facts(result)["rule 1"] == "user=a* timeout=5h: applies, its limits only to servers"
+    assert "rule 2" not in facts(result)
+    assert facts(result)["timeout"].startswith("10m, reached")
+    assert verdicts(result)[-1] == "deleted: idle 2h, limit 10m"
+
+
+# Doubts
+
+
+@pytest.mark.parametrize(
+    ("off", "says"),
+    [
+        (2 * HOUR + 30, r", 2h00m\d\ds ahead of this machine's"),
+        (-40 * DAY - 30, r", 40d00h00m\d\ds behind this machine's"),
+        (0, ""),
+    ],
+    ids=["ahead", "behind", "right"],
+)
+def test_a_clock_that_is_off_is_told_and_the_hubs_counts(
+    cull_scripted: Cull, scripted: ScriptedHub, off: float, says: str
+) -> None:
+    scripted.clock = lambda: datetime.now(UTC) + timedelta(seconds=off)
+    scripted.add("ann", idle=3 * HOUR + 30)
+    found = facts(cull_scripted("--explain=ann", "--timeout=2h59m"))
+    assert re.fullmatch(f"WHEN{says}", ago(found["clock"]))
+    assert found["verdict"] == "would be stopped: idle 3h, limit 2h59m"
+
+
+def test_a_server_without_activity_counts_from_its_start(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", last_activity=None, age=LONG_AGO)
+    found = facts(cull_scripted("--explain=ann", "--timeout=1h"))
+    assert re.sub(r", 2h00m\d\ds ago", "", ago(found["active"])) == "WHEN: when it was started, no activity is known"
+
+
+def test_what_is_not_known_is_said(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, started=None)
+    found = facts(cull_scripted("--explain=ann", "--timeout=1h", "--max-age=1d"))
+    assert (found["started"], found["max-age"]) == ("unknown", "1d, not reached: unknown since when")
+    scripted.add("bob", last_activity="yesterday")
+    found = facts(cull_scripted("--explain=bob", "--timeout=1h"))
+    assert [found[label] for label in ("ready", "active", "timeout")] == [
+        "unknown",
+        "unknown",
+        "1h, not reached: unknown since when",
+    ]
+    assert found["verdict"] == "kept: started or last_activity: 'yesterday' is not a time"
+    scripted.users["bob"].extra["servers"] = DROP
+    assert facts(cull_scripted("--explain=bob"))["verdict"].startswith("kept: its servers are not shown")
+
+
+# What fails
+
+
+@pytest.mark.parametrize("name", ["", "/gpu"])
+def test_nobody_is_a_usage_error_and_nothing_is_culled(cull_scripted: Cull, scripted: ScriptedHub, name: str) -> None:
+    scripted.add("ann", idle=9 * HOUR)
+    result = cull_scripted("--explain", name, "--timeout=1h")
+    assert result.exit_code == 2
+    assert result.err == "cull_idle.py: --explain: write USER, or USER/SERVER for a named server.\n"
+    assert scripted.running() == {"ann"}
+
+
+def test_an_unknown_user_is_a_usage_error(hub: RealHub, cull_real: Cull) -> None:
+    result = cull_real("--explain=nobody")
+    assert (result.exit_code, result.out) == (2, "")
+    assert result.err == f"cull_idle.py: --explain: {hub.url} knows no user 'nobody'.\n"
+
+
+def test_a_hub_that_is_down_is_told(cull: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cull_idle.PAUSES", ())
+    scripted.pause_listening()
+    result = cull("--explain=ann", "--url", scripted.url, token=scripted.token)
+    assert (result.exit_code, result.out) == (3, "")
+    assert "refuses the connection; is the Hub running" in result.err
+
+
+@pytest.mark.parametrize(
+    ("scopes", "args", "missing"),
+    [
+        (["list:users"], [], "read:servers"),
+        (["list:users", "read:servers"], ["--rule=group=gpu keep"], "read:users:groups"),
+    ],
+)
+def test_a_missing_scope_is_named(
+    hub: RealHub, cull_real: Cull, scopes: list[str], args: list[str], missing: str
+) -> None:
+    hub.spawn("ann")
+    result = cull_real("--explain=ann", *args, token=hub.token_with(*scopes))
+    assert (result.exit_code, result.out) == (3, "")
+    assert f"lacks {missing}; add to jupyterhub_config.py: " in result.err
+
+
+def test_it_takes_no_scope_that_changes_anything(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", idle_seconds=LONG_AGO)
+    token = hub.token_with("list:users", "read:servers", "read:users:activity")
+    assert verdicts(cull_real("--explain=ann", "--timeout=1h", token=token)) == ["stopped: idle 2h, limit 1h"]
+    assert hub.running() == {"ann"}
+
+
+# In a terminal
+
+LONG = "maximiliane-山田太郎と佐藤花子@students.example.edu"
+
+
+def test_long_facts_go_on_below_themselves(hub: RealHub) -> None:
+    hub.spawn(LONG, "gpu", idle_seconds=LONG_AGO)
+    rule = "group=students-of-the-summer-term option.profile=large timeout=8h max-age=12h"
+    arguments = ["--explain", f"{LONG}/gpu", "--timeout=1h", f"--rule={rule}"]
+    for columns in (40, 80, 200):
+        rows = in_terminal(hub, columns, *arguments, env={"JUPYTERHUB_API_TOKEN": hub.user_culler_token}).rows
+        labels = [row[:9].strip() for row in rows]
+        assert [label for label in labels if label] == [
+            *("hub", "clock", "server", "ready", "active", "started", "rule 1", "timeout", "max-age", "verdict")
+        ]
+        facts_below = "".join(row[9:].replace(" ", "") for row in rows)
+        assert f"{rule}: does not apply, group is none".replace(" ", "") in facts_below
+        assert f"{LONG}/gpu" in facts_below
+        assert ("" in labels) == (columns < 200)

@@ -1,0 +1,109 @@
+"""The progress bar of a pass that stops many servers: for whoever looks at a terminal, and for nobody else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hub import RealHub
+from scripted_hub import ScriptedHub, respond
+from terminal import Session, in_pipe, in_terminal
+
+HOUR = 3600
+LONG_AGO = 2 * HOUR + 90
+NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
+# A Hub that is busy may take its time.
+LINE = re.compile(r"(?:INFO     culled|WARNING  stopping) (\S+): idle 2h01m, limit 1h(?:; not down after \ds)?")
+BAR = re.compile(r"^  \[#*-*\]  (\d+)/\d+(?:  [\d:]+)?$")
+
+
+def progress(session: Session) -> list[int]:
+    """How far the bar was on each screen on which there is one, which is then the last row and only that."""
+    seen = []
+    for rows in session.screens():
+        bars = [row for row in rows if "[#" in row or "[-" in row]
+        assert bars in ([], [rows[-1]]), rows
+        for bar in bars:
+            match = BAR.match(bar)
+            assert match, bar
+            seen.append(int(match[1]))
+    return seen
+
+
+def many_idle(scripted: ScriptedHub, count: int = 12) -> None:
+    for number in range(count):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_bar_grows_below_the_log_and_tears_no_line_of_it(hub: RealHub, columns: int) -> None:
+    hub.spawn_many([(name, "", {"idle_seconds": LONG_AGO}) for name in NAMES])
+    hub.spawn("soon", idle_seconds=LONG_AGO - HOUR - 900)
+    session = in_terminal(hub, columns, "--timeout=1h", "--warn-before=30m")
+    assert hub.running() == {"soon"}
+    assert sorted(set(progress(session))) == list(range(len(NAMES) + 1))
+    warned, *culled, summary = session.screen.log
+    assert warned.startswith("INFO     warned soon: idle 46m")
+    lines = [LINE.fullmatch(line) for line in culled]
+    assert sorted(line[1] if line else "torn" for line in lines) == sorted(NAMES), culled
+    assert re.fullmatch(r"INFO     pass: 12 running, 11 due, .*, 1 warned in \d+\.\ds", summary)
+
+
+def test_the_bar_tells_how_long_it_will_take(scripted: ScriptedHub) -> None:
+    many_idle(scripted)
+    for name in ("user0", "user1"):
+        scripted.users[name].servers[""].stop_seconds = 1.1
+    session = in_terminal(scripted, 40, "--timeout=1h", "--concurrency=1")
+    progress(session)
+    assert re.search(rb"  \[#+-+\]  \d+/12  00:00:\d\d\r", session.written)
+
+
+def test_the_bar_moves_also_where_nothing_is_said(scripted: ScriptedHub) -> None:
+    many_idle(scripted)
+    scripted.fault("DELETE", "/users/.*", respond(418), times=None)
+    session = in_terminal(scripted, 80, "--timeout=1h")
+    assert sorted(set(progress(session))) == list(range(13))
+    first, others, summary = session.screen.log
+    assert re.fullmatch(r"ERROR    failed user\d+: idle 2h01m, limit 1h; the Hub answered 418", first)
+    assert others == "ERROR    11 more failed in the same way: the Hub answered 418"
+    assert "12 failed" in summary
+
+
+def test_nothing_is_left_of_the_bar_when_the_fuse_blows(scripted: ScriptedHub) -> None:
+    many_idle(scripted)
+    session = in_terminal(scripted, 40, "--timeout=1h", "--max-culls=1")
+    progress(session)
+    assert [line.split()[0] for line in session.screen.log] == ["ERROR", "INFO"]
+
+
+def test_the_cursor_is_never_hidden(scripted: ScriptedHub) -> None:
+    # A second Ctrl-C ends the program at once, and nobody would show it again.
+    many_idle(scripted)
+    assert b"?25l" not in in_terminal(scripted, 80, "--timeout=1h").written
+
+
+@pytest.mark.parametrize(
+    ("servers", "args", "env"),
+    [
+        pytest.param(10, [], {}, id="a handful"),
+        pytest.param(12, ["-q"], {}, id="quiet"),
+        pytest.param(12, ["--json"], {}, id="JSON"),
+        pytest.param(12, [], {"TERM": "dumb"}, id="a terminal that cannot erase"),
+        pytest.param(12, ["--dry-run"], {"NO_COLOR": "1"}, id="dry run"),
+    ],
+)
+def test_there_is_no_bar_where_it_would_be_in_the_way(
+    scripted: ScriptedHub, servers: int, args: list[str], env: dict[str, str]
+) -> None:
+    many_idle(scripted, servers)
+    session = in_terminal(scripted, 80, "--timeout=1h", *args, env=env)
+    assert b"\r" not in session.written.replace(b"\r\n", b"")
+    assert b"\x1b" not in session.written
+
+
+def test_there_is_no_bar_in_a_pipe_a_file_or_a_journal(scripted: ScriptedHub) -> None:
+    many_idle(scripted)
+    out, err = in_pipe(scripted, "--timeout=1h", env={"FORCE_COLOR": "1"})
+    assert out == b""
+    assert len(err.splitlines()) == 13
+    assert err.replace(b"\n", b"").decode().isprintable()
