@@ -1348,6 +1348,7 @@ class PassResult:
         self.running = scan.running
         self.idle = scan.idle_for.get(scan.settings.timeout, 0)
         self.due = len(scan.servers) + len(scan.users)
+        self.warned = len(scan.soon) if self.dry_run else 0
         if scan.error:
             self.errors.append(scan.error)
 
