@@ -1389,7 +1389,7 @@ class Culler:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
         self.stop = stop
-        self.report = Report(settings)
+        self.report = Report(settings, stop)
         self._scopes_checked = False
         self._warned: dict[str, datetime | None] = {}  # servers, and when they are due
 
@@ -1438,7 +1438,7 @@ class Culler:
                 if settings.dry_run:
                     report.plan(scan)
                 else:
-                    with report.culling(result.due, token, self.stop):
+                    with report.culling(result.due, token):
                         for event in self._events(hub, scan):
                             result.count(event)
                             report.event(event)
@@ -1531,9 +1531,11 @@ NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 class Report:
     """Says what is done: a log on stderr, results on stdout, figures in a file, notices to a command."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self._log = open_log(settings.level)
         self._settings = settings
+        self._stop = stop
+        self._unread: OSError | None = None  # why nobody gets the JSON any more
         self._kept: list[Due[Server] | Due[User]] = []
         self._failures: Counter[str] = Counter()  # of one pass, by what they have in common
         self._notices: Notices | None = None
@@ -1561,19 +1563,18 @@ class Report:
             self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
         else:
             self._fail(str(event), event.error)
-        if self._settings.json:
-            echo_json(facts)
+        self._tell(facts)
         if self._notices and event.outcome in NOTIFIED:
             self._notices.send(facts)
         if self._bar and event.outcome is not Outcome.WARNED:
             self._bar.update(1)
 
     @contextlib.contextmanager
-    def culling(self, due: int, token: str, stop: threading.Event) -> Iterator[None]:
+    def culling(self, due: int, token: str) -> Iterator[None]:
         """While events come: send notices, wait for them at the end, and show how far it is if somebody looks."""
         with contextlib.ExitStack() as stack:
             if self._settings.notify:
-                self._notices = Notices(self._settings.notify, token, stop)
+                self._notices = Notices(self._settings.notify, token, self._stop)
                 stack.callback(self._end_notices)
             if (
                 due > HANDFUL
@@ -1587,7 +1588,7 @@ class Report:
             yield
 
     def result(self, result: PassResult, pause: float | None = None) -> None:
-        """Say what a pass came to, and in how many seconds the next one starts."""
+        """Say what a pass came to, and in how many seconds the next one starts. Raises OSError if nobody reads JSON."""
         for kind, count in self._failures.items():
             if count > 1:
                 self.say("error", f"{count - 1} more failed in the same way: {kind}")
@@ -1597,13 +1598,14 @@ class Report:
             self.say("error", f"{error}{following}")
         if not self._settings.dry_run and (result.running or not result.errors):
             self.say("info", f"pass: {result}{following}")
-        if self._settings.json:
-            echo_json(pass_facts(result, self._settings.url))
+        self._tell(pass_facts(result, self._settings.url))
         if self._settings.metrics_file and not self._settings.dry_run:
             try:
                 write_metrics(self._settings.metrics_file, result)
             except (OSError, ValueError) as error:
                 self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {error}")
+        if self._unread:
+            raise self._unread
 
     def plan(self, scan: Scan) -> None:
         """Show what a pass would do, the longest idle first, and what other timeouts would."""
@@ -1611,7 +1613,7 @@ class Report:
         planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
         if self._settings.json:
             for event in (*planned, *scan.soon):
-                echo_json(self._facts(event))
+                self._tell(self._facts(event))
             return
         rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
@@ -1655,6 +1657,17 @@ class Report:
             "error": event.error or None,
         }
 
+    def _tell(self, facts: Mapping[str, object]) -> None:
+        """Print JSON at once, if wanted. When nobody can read it, nothing new is begun, all else is told as ever."""
+        import json
+
+        if self._settings.json and not self._unread:
+            try:
+                click.echo(json.dumps(facts))
+            except OSError as error:
+                self._unread = error
+                self._stop.set()
+
     def _fail(self, sentence: str, error: str) -> None:
         kind = re.sub(r"/users/[^\s:]+", "/users/…", error)
         self._failures[kind] += 1
@@ -1695,13 +1708,6 @@ def goes_to_journal() -> bool:
 def format_time(moment: datetime) -> str:
     """A moment as programs read it: `2026-11-22T20:14:03Z`."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
-
-
-def echo_json(facts: Mapping[str, object]) -> None:
-    """Print one line of JSON, at once."""
-    import json
-
-    click.echo(json.dumps(facts))
 
 
 def pass_facts(result: PassResult, url: str) -> dict[str, object]:

@@ -27,6 +27,7 @@ from scripted_hub import (
     normal,
     respond,
     respond_json,
+    slow,
     then_do,
 )
 from test_loop import PROGRAM
@@ -499,6 +500,32 @@ def test_a_loop_tells_of_each_pass_also_of_one_that_failed_and_ends_when_nobody_
     assert culler.line()["error"] is None
     culler.stop_reading()
     assert culler.end() == (1, [f"ERROR    {error}; next in 1s"])
+
+
+@LOOP_AND_ONCE
+def test_when_nobody_reads_on_what_is_in_flight_is_finished_and_nothing_else_begun(
+    scripted: ScriptedHub, start: Start, once: list[str], tmp_path: Path
+) -> None:
+    names = [f"user{number}" for number in range(30)]
+    for name in names:
+        scripted.add(name, idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/user0/server", normal())
+    scripted.fault("DELETE", ".*", slow(0.3), times=None)
+    metrics = tmp_path / "cull_idle.prom"
+    culler = start("--json", "--concurrency=3", f"--metrics-file={metrics}", *once)
+    assert culler.line()["user"] == "user0"
+    culler.stop_reading()
+    exit_code, log = culler.end()
+    assert exit_code == 1
+    begun = {f"user{number}" for number in re.findall(r"/users/user(\d+)/", "\n".join(scripted.lines("DELETE")))}
+    assert scripted.in_flight == 0
+    assert set(names) - scripted.running() == begun
+    assert 3 <= len(begun) < len(names)
+    *culled, total = log
+    assert {line.split()[2] for line in culled} == {f"{name}:" for name in begun}
+    assert {line.split()[1] for line in culled} == {"culled"}
+    assert f"{len(begun)} culled, {30 - len(begun)} left undone" in total
+    assert f'cull_idle_outcomes_total{{outcome="culled"}} {len(begun)}\n' in metrics.read_text()
 
 
 @pytest.mark.parametrize("form", [["-v"], ["--json"]], ids=["table", "JSON"])
