@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TextIO, TypeVar
 
 import click
 
@@ -2477,18 +2477,27 @@ def blame_source(error: click.ClickException) -> None:
             error.param_hint = f"{option_name(error.param.name)} in {error.ctx.params.get('config')}"
 
 
+def nowhere() -> TextIO:
+    """A stream for what nobody reads."""
+    return open(os.devnull, "w")
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return int(make_command().main(args, PROGRAM, standalone_mode=False))
     except click.ClickException as error:
         blame_source(error)
-        click.echo(f"{PROGRAM}: {error.format_message()}", err=True)
-        return Exit.USAGE
+        sentence, exit_code = error.format_message(), Exit.USAGE
     except CullError as error:
-        click.echo(f"{PROGRAM}: {error}", err=True)
-        return error.exit_code
+        sentence, exit_code = str(error), error.exit_code
+    except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
+        sys.stdout = nowhere()  # or Python would try again
+        sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE
+    click.echo(f"{PROGRAM}: {sentence}", err=True)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -541,6 +541,26 @@ def test_a_dry_run_of_many_rows_ends_quietly_when_nobody_reads_on(
     assert culler.end() == (1, [])
 
 
+@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-q"], ["--help"]], ids=str)
+def test_a_full_disk_gets_a_sentence(scripted: ScriptedHub, start: Start, args: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        culler = start(*args, stdout=full)
+    assert culler.end() == (1, ["cull_idle.py: stdout cannot be written: No space left on device"])
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-v"]], ids=str)
+def test_a_stream_that_is_closed_is_done_without(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, args: list[str], stream: str
+) -> None:
+    for number in range(cull_idle.HANDFUL + 1):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+    monkeypatch.setattr(sys, stream, None)
+    assert cull_scripted("--timeout=1h", *args).exit_code == 0
+    getattr(sys, stream).close()
+    assert len(scripted.running()) == (0 if "--once" in args else cull_idle.HANDFUL + 1)
+
+
 def test_nothing_but_json_goes_to_stdout(hub: RealHub, cull_real: Cull, tmp_path: Path) -> None:
     hub.spawn_many([("ann", "", IDLE), ("bob", "", {"idle_seconds": 90})])
     notify: Mapping[str, str] = {"CULL_IDLE_NOTIFY": "sh -c 'cat; echo heard'", "FORCE_COLOR": "1"}
