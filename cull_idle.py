@@ -1603,7 +1603,8 @@ class Report:
             try:
                 write_metrics(self._settings.metrics_file, result)
             except (OSError, ValueError) as error:
-                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {error}")
+                why = error.strerror if isinstance(error, OSError) else error
+                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {why}")
         if self._unread:
             raise self._unread
 
@@ -1883,14 +1884,16 @@ def write_metrics(path: str, result: PassResult) -> None:
 
 def read_metrics(path: str) -> dict[str, float]:
     """What a metrics file holds; nothing if there is none yet. Raises OSError, or ValueError if it is another file."""
-    try:
-        with open(path) as file:
-            text = file.read()
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
+    text = "perhaps a device"
+    if os.path.isfile(path):
+        with open(path, errors="replace") as file:
+            text = file.read()
     if text and not text.startswith("# HELP cull_idle_"):
         raise ValueError("it is not one of cull_idle.py's, and is not overwritten")
-    return {name: float(value) for name, value in re.findall(r"^(cull_idle_\S+) ([0-9.]+)$", text, re.MULTILINE)}
+    samples = re.findall(r"^(cull_idle_\S+) (-?\d+(?:\.\d+)?(?:e[+-]\d+)?)\n", text, re.MULTILINE)
+    return {name: float(value) for name, value in samples}
 
 
 # ---- Notices: a command of the administrator's own
