@@ -1032,6 +1032,7 @@ class Scan:
 
     settings: Settings
     keep: Callable[[Due[Server] | Due[User]], None] | None = None  # told what is kept
+    complete: bool = False  # the whole list was read
     listed: int = 0  # users
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
@@ -1118,6 +1119,7 @@ def scan_hub(hub: Hub, scan: Scan, stop: threading.Event) -> Scan:
             scan.clock = page.now, asked
             scan.add(page)
             offset = page.next_offset()
+        scan.complete = offset is None
     except HubError as error:
         scan.error = error
         scan.users.clear()
@@ -1344,7 +1346,7 @@ class PassResult:
 
     def take(self, scan: Scan) -> None:
         """Take in what the user list says."""
-        self.listed = scan.error is None
+        self.listed = scan.complete
         self.running = scan.running
         self.idle = scan.idle_for.get(scan.settings.timeout, 0)
         self.due = len(scan.servers) + len(scan.users)
@@ -1375,7 +1377,7 @@ class PassResult:
             return max(error.exit_code for error in self.errors)
         if self.refused:
             return Exit.NO_HUB
-        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone else Exit.DONE
+        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone or not self.listed else Exit.DONE
 
     def __str__(self) -> str:
         counts = [f"{self.running} running", f"{self.due} due"]

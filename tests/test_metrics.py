@@ -227,6 +227,18 @@ def test_a_pass_that_left_something_undone_is_no_success_but_has_all_figures(
     assert outcomes(file) == ({} if undone == "fuse" else {"culled": 1, "failed": 1})
 
 
+def test_a_list_that_was_not_read_to_its_end_because_of_a_signal_is_not_counted(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path
+) -> None:
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=60)
+    scripted.fault("GET", "/users", then_do(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert cull_measured("--api-page-size=1").exit_code == 1
+    found = figures(file)
+    assert found.keys().isdisjoint(OF_THE_LIST)
+    assert (found["cull_idle_failed_passes_total"], found["cull_idle_last_success_timestamp_seconds"]) == (1, 0)
+
+
 @pytest.mark.parametrize("option", ["--dry-run", "--explain=ann"])
 def test_what_changes_nothing_writes_nothing(
     scripted: ScriptedHub, cull_measured: Cull, file: Path, option: str
