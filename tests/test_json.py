@@ -412,7 +412,7 @@ class Piped:
     def __init__(self, hub: ScriptedHub, *args: str, stdout: int | IO[bytes] = subprocess.PIPE) -> None:
         self.process = subprocess.Popen(
             [sys.executable, PROGRAM, "--url", hub.url, "--timeout=1h", *args],
-            env={**os.environ, "JUPYTERHUB_API_TOKEN": hub.token},
+            env={**os.environ, "JUPYTERHUB_API_TOKEN": hub.token, "PYTHONUNBUFFERED": ""},
             stdout=stdout,
             stderr=subprocess.PIPE,
         )
