@@ -416,6 +416,8 @@ class Piped:
             stdout=stdout,
             stderr=subprocess.PIPE,
         )
+        self.deadline = threading.Timer(20, self.process.kill)
+        self.deadline.start()
 
     def line(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -446,6 +448,7 @@ def start(scripted: ScriptedHub) -> Iterator[Start]:
 
     yield run
     for each in started:
+        each.deadline.cancel()
         each.process.kill()
         each.process.wait()
         for pipe in (each.process.stdout, each.process.stderr):
