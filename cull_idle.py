@@ -1070,6 +1070,7 @@ class Scan:
 
     settings: Settings
     keep: Callable[[Due[Server] | Due[User]], None] | None = None  # told what is kept
+    complete: bool = False  # the whole list was read
     listed: int = 0  # users
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
@@ -1156,6 +1157,7 @@ def scan_hub(hub: Hub, scan: Scan, stop: threading.Event) -> Scan:
             scan.clock = page.now, asked
             scan.add(page)
             offset = page.next_offset()
+        scan.complete = offset is None
     except HubError as error:
         scan.error = error
         scan.users.clear()
@@ -1384,10 +1386,11 @@ class PassResult:
 
     def take(self, scan: Scan) -> None:
         """Take in what the user list says."""
-        self.listed = scan.error is None
+        self.listed = scan.complete
         self.running = scan.running
         self.idle = scan.idle_for.get(scan.settings.timeout, 0)
         self.due = len(scan.servers) + len(scan.users)
+        self.warned = len(scan.soon) if self.dry_run else 0
         if scan.error:
             self.errors.append(scan.error)
 
@@ -1414,7 +1417,7 @@ class PassResult:
             return max(error.exit_code for error in self.errors)
         if self.refused:
             return Exit.NO_HUB
-        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone else Exit.DONE
+        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone or not self.listed else Exit.DONE
 
     def __str__(self) -> str:
         counts = [f"{self.running} running", f"{self.due} due"]
@@ -1428,7 +1431,7 @@ class Culler:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
         self.stop = stop
-        self.report = Report(settings)
+        self.report = Report(settings, stop)
         self._scopes_checked = False
         self._warned: dict[str, datetime | None] = {}  # servers, and when they are due
 
@@ -1477,7 +1480,7 @@ class Culler:
                 if settings.dry_run:
                     report.plan(scan)
                 else:
-                    with report.culling(result.due, token, self.stop):
+                    with report.culling(result.due, token):
                         for event in self._events(hub, scan):
                             result.count(event)
                             report.event(event)
@@ -1574,9 +1577,11 @@ NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 class Report:
     """Says what is done: a log on stderr, results on stdout, figures in a file, notices to a command."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self._log = open_log(settings.level)
         self._settings = settings
+        self._stop = stop
+        self._unread: OSError | None = None  # why nobody gets the JSON any more
         self._kept: list[Due[Server] | Due[User]] = []
         self._failures: Counter[str] = Counter()  # of one pass, by what they have in common
         self._notices: Notices | None = None
@@ -1607,17 +1612,16 @@ class Report:
             self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
         else:
             self._fail(str(event), event.error)
-        if self._settings.json:
-            echo_json(facts)
+        self._tell(facts)
         if self._notices and event.outcome in NOTIFIED:
             self._notices.send(facts)
 
     @contextlib.contextmanager
-    def culling(self, due: int, token: str, stop: threading.Event) -> Iterator[None]:
+    def culling(self, due: int, token: str) -> Iterator[None]:
         """While events come: send notices, wait for them at the end, and show how far it is if somebody looks."""
         with contextlib.ExitStack() as stack:
             if self._settings.notify:
-                self._notices = Notices(self._settings.notify, token, stop)
+                self._notices = Notices(self._settings.notify, token, self._stop)
                 stack.callback(self._end_notices)
             if due > HANDFUL and self._settings.level in ("debug", "info") and not self._settings.json:
                 stack.callback(self._end_bar)
@@ -1625,7 +1629,7 @@ class Report:
             yield
 
     def result(self, result: PassResult, pause: float | None = None) -> None:
-        """Say what a pass came to, and in how many seconds the next one starts."""
+        """Say what a pass came to, and in how many seconds the next one starts. Raises OSError if nobody reads JSON."""
         for kind, count in self._failures.items():
             if count > 1:
                 self.say("error", f"{count - 1} more failed in the same way: {kind}")
@@ -1635,13 +1639,15 @@ class Report:
             self.say("error", f"{error}{following}")
         if not self._settings.dry_run and (result.running or not result.errors):
             self.say("info", f"pass: {result}{following}")
-        if self._settings.json:
-            echo_json(pass_facts(result, self._settings.url))
+        self._tell(pass_facts(result, self._settings.url))
         if self._settings.metrics_file and not self._settings.dry_run:
             try:
                 write_metrics(self._settings.metrics_file, result)
             except (OSError, ValueError) as error:
-                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {error}")
+                why = error.strerror if isinstance(error, OSError) else error
+                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {why}")
+        if self._unread:
+            raise self._unread
 
     def plan(self, scan: Scan) -> None:
         """Show what a pass would do, the longest idle first, and what other timeouts would."""
@@ -1649,7 +1655,7 @@ class Report:
         planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
         if self._settings.json:
             for event in (*planned, *scan.soon):
-                echo_json(self._facts(event))
+                self._tell(self._facts(event))
             return
         rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
@@ -1717,6 +1723,17 @@ class Report:
             "error": event.error or None,
         }
 
+    def _tell(self, facts: Mapping[str, object]) -> None:
+        """Print JSON at once, if wanted. When nobody can read it, nothing new is begun, all else is told as ever."""
+        import json
+
+        if self._settings.json and not self._unread:
+            try:
+                click.echo(json.dumps(facts))
+            except OSError as error:
+                self._unread = error
+                self._stop.set()
+
     def _fail(self, sentence: str, error: str) -> None:
         kind = re.sub(r"/users/[^\s:]+", "/users/…", error)
         self._failures[kind] += 1
@@ -1757,13 +1774,6 @@ def goes_to_journal() -> bool:
 def format_time(moment: datetime) -> str:
     """A moment as programs read it: `2026-11-22T20:14:03Z`."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
-
-
-def echo_json(facts: Mapping[str, object]) -> None:
-    """Print one line of JSON, at once."""
-    import json
-
-    click.echo(json.dumps(facts))
 
 
 def pass_facts(result: PassResult, url: str) -> dict[str, object]:
@@ -1964,14 +1974,16 @@ def write_metrics(path: str, result: PassResult) -> None:
 
 def read_metrics(path: str) -> dict[str, float]:
     """What a metrics file holds; nothing if there is none yet. Raises OSError, or ValueError if it is another file."""
-    try:
-        with open(path) as file:
-            text = file.read()
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
+    text = "perhaps a device"
+    if os.path.isfile(path):
+        with open(path, errors="replace") as file:
+            text = file.read()
     if text and not text.startswith("# HELP cull_idle_"):
         raise ValueError("it is not one of cull_idle.py's, and is not overwritten")
-    return {name: float(value) for name, value in re.findall(r"^(cull_idle_\S+) ([0-9.]+)$", text, re.MULTILINE)}
+    samples = re.findall(r"^(cull_idle_\S+) (-?\d+(?:\.\d+)?(?:e[+-]\d+)?)\n", text, re.MULTILINE)
+    return {name: float(value) for name, value in samples}
 
 
 # ---- Notices: a command of the administrator's own
@@ -2585,18 +2597,27 @@ def blame_source(error: click.ClickException) -> None:
             error.param_hint = f"{option_name(error.param.name)} in {error.ctx.params.get('config')}"
 
 
+def nowhere() -> TextIO:
+    """A stream for what nobody reads."""
+    return open(os.devnull, "w")
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return int(make_command().main(args, PROGRAM, standalone_mode=False))
     except click.ClickException as error:
         blame_source(error)
-        click.echo(f"{PROGRAM}: {error.format_message()}", err=True)
-        return Exit.USAGE
+        sentence, exit_code = error.format_message(), Exit.USAGE
     except CullError as error:
-        click.echo(f"{PROGRAM}: {error}", err=True)
-        return error.exit_code
+        sentence, exit_code = str(error), error.exit_code
+    except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
+        sys.stdout = nowhere()  # or Python would try again
+        sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE
+    click.echo(f"{'<3>' * goes_to_journal()}{PROGRAM}: {sentence}", err=True)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,572 @@
+"""What --json prints: lines of JSON and nothing else, as the README documents them, each as soon as it is known."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+from unittest.mock import patch
+
+import pytest
+from conftest import TIMESTAMP, Cull, Result
+from hub import RealHub
+from scripted_hub import (
+    Answer,
+    Exchange,
+    Reply,
+    ScriptedHub,
+    edited,
+    normal,
+    respond,
+    respond_json,
+    slow,
+    then_do,
+)
+from test_loop import PROGRAM
+from test_readme import rows
+from test_real_hub import OtherBecomesActive
+
+import cull_idle
+
+HOUR = 3600
+LONG_AGO = 7230.0
+IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
+IDLE_USER = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
+
+# The schemas: what the README's section "For programs" says
+
+Schema = dict[str, Any]
+COUNT: Schema = {"type": "integer", "minimum": 0}
+MAYBE_COUNT: Schema = {"type": ["integer", "null"], "minimum": 0}
+NAME: Schema = {"type": "string"}
+TEXT: Schema = {"type": "string", "minLength": 1}
+MAYBE_TEXT: Schema = {"type": ["string", "null"], "minLength": 1}
+NOTHING: Schema = {"type": "null"}
+TIME: Schema = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"}
+
+
+def objects(**properties: Schema) -> Schema:
+    """Objects that have all of these and no others."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def events(**properties: Schema) -> list[Schema]:
+    """Events: the time when it will be due is of what is warned, and an error of what failed."""
+    measured = {"reason": TEXT, "idle_seconds": MAYBE_COUNT, "age_seconds": MAYBE_COUNT}
+    return [
+        objects(**properties, outcome={"enum": outcomes}, **measured, due=due, error=error)
+        for outcomes, due, error in (
+            (["planned", "culled", "stopping", "gone", "spared"], NOTHING, NOTHING),
+            (["warned"], TIME, NOTHING),
+            (["failed"], NOTHING, TEXT),
+        )
+    ]
+
+
+SERVER = events(event={"const": "server"}, user=NAME, server=NAME, action={"enum": ["stop", "remove"]})
+USER = events(event={"const": "user"}, user=NAME, server=NOTHING, action={"const": "delete"})
+COUNTS = ("culled", "stopping", "gone", "spared", "failed", "deleted", "left_undone", "warned")
+PASS = objects(
+    event={"const": "pass"},
+    started=TIME,
+    hub={"type": "string", "pattern": "^https?://"},
+    version=MAYBE_TEXT,
+    running=COUNT,
+    idle=COUNT,
+    planned=COUNT,
+    **dict.fromkeys(COUNTS, COUNT),
+    seconds={"type": "number", "minimum": 0},
+    dry_run={"type": "boolean"},
+    error=MAYBE_TEXT,
+)
+
+
+@cache
+def validator() -> Any:
+    schema = {"oneOf": [*SERVER, *USER, PASS]}
+    modules: Any = {"rfc3987_syntax": None}  # takes a second to import, for formats that are not used
+    with patch.dict(sys.modules, modules):
+        validators: Any = importlib.import_module("jsonschema.validators")
+    validators.Draft202012Validator.check_schema(schema)
+    return validators.Draft202012Validator(schema)
+
+
+def no_json(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def valid(line: str) -> dict[str, Any]:
+    """What a line says, if it is as the schemas have it."""
+    facts: dict[str, Any] = json.loads(line, parse_constant=no_json)
+    validator().validate(facts)
+    return facts
+
+
+class Told(NamedTuple):
+    """What one pass told."""
+
+    result: Result
+    events: list[dict[str, Any]]
+    total: dict[str, Any]
+    """The pass object."""
+
+    @property
+    def outcomes(self) -> dict[str, tuple[str, str]]:
+        """What became of `ann`, `ann/gpu` and `user ann`: the action and its outcome."""
+        names = {"user": "user {user}", "server": "{user}/{server}"}
+        return {
+            names[event["event"]].format(**event).removesuffix("/"): (event["action"], event["outcome"])
+            for event in self.events
+        }
+
+
+def told(result: Result) -> Told:
+    """The lines of one pass: each is valid, the pass comes last, and it counts them."""
+    assert result.out == "" or result.out.endswith("\n")
+    *lines, total = map(valid, result.out.splitlines())
+    assert total["event"] == "pass"
+    assert {line["event"] for line in lines} <= {"server", "user"}
+    counted = Counter(
+        "deleted" if (line["event"], line["outcome"]) == ("user", "culled") else line["outcome"] for line in lines
+    )
+    due = counted.pop("planned", 0) if total["dry_run"] else counted.total() - counted["warned"] + total["left_undone"]
+    assert total["planned"] == due
+    assert total["left_undone"] == 0 or not total["dry_run"]
+    assert {what: total[what] for what in COUNTS if what != "left_undone" and total[what]} == +counted
+    return Told(result, lines, total)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+# What the lines say
+
+
+@pytest.mark.parametrize(("number", "schemas"), [(0, [*SERVER, *USER]), (1, [PASS])], ids=["server and user", "pass"])
+def test_the_readme_names_each_field_and_no_other(number: int, schemas: list[Schema]) -> None:
+    tables: list[list[str]] = [[]]
+    for names, meaning, *_ in rows("For programs"):
+        if set(meaning) <= {"-"}:  # the line below the head of the second table, whose head comes before it
+            tables[-1].pop()
+            tables.append([])
+        else:
+            tables[-1].append(names)
+    named = ["event", *re.findall(r"\w+", " ".join(tables[number]))]
+    for schema in schemas:
+        assert named == list(schema["properties"])
+
+
+def test_the_readme_names_each_outcome() -> None:
+    (meaning,) = (meaning for names, meaning, *_ in rows("For programs") if names == "outcome")
+    assert re.findall(r"(?:^|`)([a-z]+)`", meaning) == list(cull_idle.Outcome)
+    assert {word for each in SERVER for word in each["properties"]["outcome"]["enum"]} == set(cull_idle.Outcome)
+
+
+def test_a_line_for_each_server_and_user_and_one_for_the_pass(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many(
+        [
+            ("ann", "", IDLE_USER),
+            ("ann", "gpu", IDLE_USER),
+            ("bob", "", {"idle_seconds": 90, "user_idle_seconds": 90}),
+            ("cat", "", {**IDLE_USER, "stop_seconds": 30}),
+            ("dan", "", {"idle_seconds": HOUR - 300, "user_idle_seconds": 90}),
+        ]
+    )
+    args = ["--json", "--timeout=1h", "--warn-before=10m", "--cull-users", "--remove-named-servers"]
+    planned = told(cull_real("--dry-run", *args, token=hub.user_culler_token))
+    assert planned.outcomes == {
+        "ann": ("stop", "planned"),
+        "ann/gpu": ("remove", "planned"),
+        "cat": ("stop", "planned"),
+        "dan": ("stop", "warned"),
+        "user ann": ("delete", "planned"),
+        "user cat": ("delete", "planned"),
+    }
+    assert planned.total["dry_run"] is True
+    assert hub.running() == {"ann", "ann/gpu", "bob", "cat", "dan"}
+    done = told(cull_real(*args, token=hub.user_culler_token))
+    assert done.outcomes == {
+        "ann": ("stop", "culled"),
+        "ann/gpu": ("remove", "culled"),
+        "cat": ("stop", "stopping"),
+        "dan": ("stop", "warned"),
+        "user ann": ("delete", "culled"),
+        "user cat": ("delete", "spared"),
+    }
+    assert (done.total["running"], done.total["idle"], done.total["planned"]) == (5, 3, 5)
+    assert (done.total["hub"], done.total["version"][:2], done.total["error"]) == (hub.url, "6.", None)
+    assert {line.split()[1] for line in done.result.lines} == {
+        "culled",
+        "deleted",
+        "stopping",
+        "spared",
+        "warned",
+        "pass:",
+    }
+
+
+def test_a_line_has_what_was_measured_and_the_reason_of_the_log(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", "gpu", idle_seconds=2 * HOUR + 90, age_seconds=20 * HOUR + 90)
+    (event,) = told(cull_real("--json", "--timeout=1h")).events
+    assert event.pop("idle_seconds") == pytest.approx(2 * HOUR + 90, abs=25)
+    assert event.pop("age_seconds") == pytest.approx(20 * HOUR + 90, abs=25)
+    assert event == {
+        "event": "server",
+        "user": "ann",
+        "server": "gpu",
+        "action": "stop",
+        "outcome": "culled",
+        "reason": "idle 2h01m, limit 1h",
+        "due": None,
+        "error": None,
+    }
+
+
+def test_what_is_warned_has_the_time_when_it_will_be_due(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    scripted.now = scripted.now.replace(hour=12, minute=0, second=0, microsecond=0)
+    scripted.add("ann", idle=HOUR - 600)
+    (event,) = told(cull_scripted("--json", "--timeout=1h", "--warn-before=15m")).events
+    assert event["due"] == f"{scripted.now:%Y-%m-%d}T12:10:00Z"
+
+
+def test_nothing_to_tell_but_the_pass(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("bob", idle_seconds=90)
+    pass_alone = told(cull_real("--json", "--timeout=1h"))
+    assert pass_alone.events == []
+    assert (pass_alone.total["running"], pass_alone.total["idle"]) == (1, 0)
+
+
+def test_a_server_spared_on_the_second_look(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn_many([("ann", "", {**IDLE, "stop_seconds": 0.5}), ("bob", "", {**IDLE, "stop_seconds": 0.5})])
+    with OtherBecomesActive(hub) as other:
+        outcomes = told(cull_real("--json", "--timeout=1h", "--concurrency=1")).outcomes
+    assert outcomes.pop(other[0]) == ("stop", "spared")
+    assert list(outcomes.values()) == [("stop", "culled")]
+
+
+def stopped_by_another(exchange: Exchange) -> Answer:
+    exchange.hub.users["ann"].servers.clear()
+    return respond_json(404, {})(exchange)
+
+
+FAULTS = {
+    "server gone": (("DELETE", "/users/ann/server", stopped_by_another), {"ann": ("stop", "gone")}),
+    "server failed": (
+        ("DELETE", "/users/ann/server", respond_json(500, {"message": "no\nway"})),
+        {"ann": ("stop", "failed"), "user ann": ("delete", "spared")},
+    ),
+    "server stopping": (
+        ("DELETE", "/users/ann/server", respond(202)),
+        {"ann": ("stop", "stopping"), "user ann": ("delete", "spared")},
+    ),
+    "user gone": (("DELETE", "/users/ann", respond_json(404, {})), {"user ann": ("delete", "gone")}),
+    "user failed": (("DELETE", "/users/ann", respond_json(500, {})), {"user ann": ("delete", "failed")}),
+    "user stopping": (("DELETE", "/users/ann", respond(202)), {"user ann": ("delete", "stopping")}),
+    "user spared": (("DELETE", "/users/ann", respond_json(400, {})), {"user ann": ("delete", "spared")}),
+}
+
+
+@pytest.mark.parametrize(("fault", "expected"), FAULTS.values(), ids=FAULTS)
+def test_each_outcome_of_a_server_and_of_a_user(
+    scripted: ScriptedHub, cull_scripted: Cull, fault: tuple[str, str, Reply], expected: dict[str, tuple[str, str]]
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault(*fault, times=None)
+    done = told(cull_scripted("--json", "--timeout=1h", "--cull-users"))
+    assert done.outcomes == {"ann": ("stop", "culled"), "user ann": ("delete", "culled"), **expected}
+    for event in done.events:
+        assert (event["outcome"] == "failed") == ("the Hub answered 500" in (event["error"] or ""))
+
+
+def test_failures_of_one_kind_are_counted_in_the_log_and_have_a_line_each(
+    scripted: ScriptedHub, cull_scripted: Cull
+) -> None:
+    for number in range(5):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+    scripted.fault("DELETE", ".*", respond_json(500, {}), times=None)
+    done = told(cull_scripted("--json", "-q", "--timeout=1h"))
+    assert done.result.exit_code == 1
+    assert len(done.result.lines) == 2
+    assert [event["outcome"] for event in done.events] == ["failed"] * 5
+
+
+def test_times_that_are_not_known_are_null(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    scripted.add("ann", idle=LONG_AGO, started=None)
+    (event,) = told(cull_scripted("--json", "--timeout=1h")).events
+    assert event["age_seconds"] is None
+
+
+def test_a_clock_that_runs_back_makes_no_time_negative(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    scripted.add("ann", idle=-HOUR, age=9 * HOUR)
+    (event,) = told(cull_scripted("--json", "--timeout=1h", "--max-age=8h")).events
+    assert event["idle_seconds"] == 0
+
+
+ODD_NAMES = [
+    pytest.param("a\x00\x1b[2J\x07\x7f\x9b", id="control characters"),
+    pytest.param('a"b\\c/d', id="quotes"),
+    pytest.param("a\n{}\r\n\u2028\u2029\x85b", id="line ends"),
+    pytest.param("\u00fcn\u00ef \U0001f600 \u202e", id="Unicode"),
+    pytest.param("a\ud800", id="lone surrogate"),
+    pytest.param("\udc80\ud83d", id="two lone surrogates"),
+    pytest.param("", id="nothing"),
+    pytest.param("NaN", id="NaN"),
+]
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["once", "dry run"])
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_odd_name_comes_out_as_the_hub_has_it(
+    scripted: ScriptedHub, cull_scripted: Cull, name: str, dry_run: list[str]
+) -> None:
+    def rename(page: dict[str, Any]) -> dict[str, Any]:
+        (user,) = page["items"]
+        servers = {name: {**user["servers"]["lab"], "name": name}}
+        return {**page, "items": [{**user, "name": name, "servers": servers}]}
+
+    scripted.add("ann", "lab", idle=LONG_AGO)
+    scripted.fault("GET", "/users", edited(rename))
+    scripted.fault("*", "/users/.*", respond_json(404, {"message": f"No user {name}"}), times=None)
+    done = told(cull_scripted("--json", "-v", "--timeout=1h", *dry_run))
+    for event in done.events:
+        assert (event["user"], event["server"]) == (name, name)
+    assert len(done.events) == done.total["planned"] == bool(name)
+    assert done.result.out.isascii()
+
+
+# A pass that failed
+
+
+class Failing(NamedTuple):
+    """How a pass fails: the arguments, what is broken, and what comes of it."""
+
+    arguments: list[str]
+    break_it: Callable[[ScriptedHub], object]
+    exit_code: int
+    error: str
+
+
+PASSES = {
+    "Hub down": Failing([], lambda hub: hub.pause_listening(), 3, "refuses the connection"),
+    "token refused": Failing([], lambda hub: setattr(hub, "token", "another"), 3, "answered 403"),
+    "scope missing": Failing([], lambda hub: hub.scopes.remove("delete:servers"), 3, "lacks delete:servers"),
+    "no API": Failing([], lambda hub: hub.fault("*", ".*", respond(200, b"hello"), times=None), 3, "usually ends in"),
+    "list breaks off": Failing(
+        ["--api-page-size=1"],
+        lambda hub: hub.fault("GET", "/users", normal(), respond(500), times=None),
+        3,
+        "answered 500",
+    ),
+    "fuse": Failing(["--max-culls=1"], lambda hub: None, 1, "nothing is culled, because 2 of 2 servers are due"),
+    "unreadable rule": Failing(
+        ["--rule=group=x keep"], lambda hub: hub.scopes.remove("read:users:groups"), 3, "read:users:groups"
+    ),
+}
+
+
+@pytest.mark.parametrize("failing", PASSES.values(), ids=PASSES)
+def test_a_pass_that_failed_says_so_last(scripted: ScriptedHub, cull_scripted: Cull, failing: Failing) -> None:
+    token = scripted.token
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=LONG_AGO)
+    failing.break_it(scripted)
+    done = told(cull_scripted("--json", "-q", "--timeout=1h", *failing.arguments, token=token))
+    assert done.result.exit_code == failing.exit_code
+    assert failing.error in done.total["error"]
+    assert done.result.lines[0] == f"ERROR    {done.total['error']}"
+    assert len(done.events) == done.total["culled"] == (1 if "--api-page-size=1" in failing.arguments else 0)
+
+
+def test_a_pass_that_was_refused_leaves_the_rest_undone(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    for number in range(4):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+    scripted.fault("DELETE", ".*", respond_json(403, {}), times=None)
+    done = told(cull_scripted("--json", "-q", "--timeout=1h", "--concurrency=1"))
+    assert (done.total["failed"], done.total["left_undone"]) == (1, 3)
+    assert done.result.exit_code == 3
+
+
+@pytest.mark.parametrize("args", [["--timeout=x"], ["--token-file=/nowhere/token"]], ids=str)
+def test_a_wrong_option_prints_nothing_on_stdout(scripted: ScriptedHub, cull_scripted: Cull, args: list[str]) -> None:
+    result = cull_scripted("--json", *args)
+    assert (result.exit_code, result.out) == (2, "")
+
+
+# As a process: lines come at once, and somebody may stop reading
+
+
+class Piped:
+    """A cull_idle.py whose output goes through pipes."""
+
+    def __init__(self, hub: ScriptedHub, *args: str, stdout: int | IO[bytes] = subprocess.PIPE) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--url", hub.url, "--timeout=1h", *args],
+            env={**os.environ, "JUPYTERHUB_API_TOKEN": hub.token, "PYTHONUNBUFFERED": ""},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+        self.deadline = threading.Timer(20, self.process.kill)
+        self.deadline.start()
+
+    def line(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return valid(self.process.stdout.readline().decode())
+
+    def stop_reading(self) -> None:
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    def end(self) -> tuple[int, list[str]]:
+        """Its exit code, and the lines of the log."""
+        assert self.process.stderr
+        log = TIMESTAMP.sub("", self.process.stderr.read().decode()).splitlines()
+        return self.process.wait(), log
+
+
+Start = Callable[..., Piped]
+
+
+@pytest.fixture
+def start(scripted: ScriptedHub) -> Iterator[Start]:
+    """Start cull_idle.py against the scripted Hub with arguments."""
+    started: list[Piped] = []
+
+    def run(*args: str, **more: Any) -> Piped:
+        started.append(Piped(scripted, *args, **more))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.deadline.cancel()
+        each.process.kill()
+        each.process.wait()
+        for pipe in (each.process.stdout, each.process.stderr):
+            if pipe:
+                pipe.close()
+
+
+class Gate:
+    """Requests that the Hub answers only when it is opened."""
+
+    def __init__(self, hub: ScriptedHub, method: str, pattern: str) -> None:
+        self.arrived, self.opened = threading.Event(), threading.Event()
+        hub.fault(method, pattern, self._reply, times=None)
+
+    def _reply(self, exchange: Exchange) -> Answer:
+        self.arrived.set()
+        assert self.opened.wait(20)
+        return exchange.normal()
+
+
+LOOP_AND_ONCE = pytest.mark.parametrize("once", [["--cull-every=1s"], ["--once"]], ids=["loop", "once"])
+
+
+@LOOP_AND_ONCE
+def test_a_line_can_be_read_while_the_pass_goes_on(scripted: ScriptedHub, start: Start, once: list[str]) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
+    gate = Gate(scripted, "DELETE", "/users/bob/server")
+    culler = start("--json", "-q", *once)
+    assert culler.line()["user"] == "ann"
+    assert gate.arrived.wait(20)
+    assert culler.process.poll() is None
+    gate.opened.set()
+    assert culler.line()["user"] == "bob"
+    assert culler.line()["culled"] == 2
+    if once == ["--once"]:
+        assert culler.end() == (0, [])
+
+
+def test_a_loop_tells_of_each_pass_also_of_one_that_failed_and_ends_when_nobody_reads_on(
+    scripted: ScriptedHub, start: Start, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(scripted.token)
+    scripted.fault("GET", "/users", then_do(token.unlink))
+    culler = start("--json", "-q", "--cull-every=1s", f"--token-file={token}")
+    assert culler.line()["error"] is None
+    error = (
+        f"--token-file {token} cannot be read: No such file or directory; it must be a file that this user may read."
+    )
+    assert culler.line()["error"] == error
+    token.write_text(scripted.token)
+    assert culler.line()["error"] is None
+    culler.stop_reading()
+    assert culler.end() == (1, [f"ERROR    {error}; next in 1s"])
+
+
+@LOOP_AND_ONCE
+def test_when_nobody_reads_on_what_is_in_flight_is_finished_and_nothing_else_begun(
+    scripted: ScriptedHub, start: Start, once: list[str], tmp_path: Path
+) -> None:
+    names = [f"user{number}" for number in range(30)]
+    for name in names:
+        scripted.add(name, idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/user0/server", normal())
+    scripted.fault("DELETE", ".*", slow(0.3), times=None)
+    metrics = tmp_path / "cull_idle.prom"
+    culler = start("--json", "--concurrency=3", f"--metrics-file={metrics}", *once)
+    assert culler.line()["user"] == "user0"
+    culler.stop_reading()
+    exit_code, log = culler.end()
+    assert exit_code == 1
+    begun = {f"user{number}" for number in re.findall(r"/users/user(\d+)/", "\n".join(scripted.lines("DELETE")))}
+    assert scripted.in_flight == 0
+    assert set(names) - scripted.running() == begun
+    assert 3 <= len(begun) < len(names)
+    *culled, total = log
+    assert {line.split()[2] for line in culled} == {f"{name}:" for name in begun}
+    assert {line.split()[1] for line in culled} == {"culled"}
+    assert f"{len(begun)} culled, {30 - len(begun)} left undone" in total
+    assert f'cull_idle_outcomes_total{{outcome="culled"}} {len(begun)}\n' in metrics.read_text()
+
+
+@pytest.mark.parametrize("form", [["-v"], ["--json"]], ids=["table", "JSON"])
+def test_a_dry_run_of_many_rows_ends_quietly_when_nobody_reads_on(
+    scripted: ScriptedHub, start: Start, form: list[str]
+) -> None:
+    for number in range(300):
+        scripted.add(f"user{number}-{'x' * 500}", idle=LONG_AGO)
+    culler = start("--dry-run", *form)
+    assert culler.process.stdout
+    assert culler.process.stdout.readline()
+    culler.stop_reading()
+    assert culler.end() == (1, [])
+
+
+@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-q"], ["--help"]], ids=str)
+def test_a_full_disk_gets_a_sentence(scripted: ScriptedHub, start: Start, args: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        culler = start(*args, stdout=full)
+    assert culler.end() == (1, ["cull_idle.py: stdout cannot be written: No space left on device"])
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-v"]], ids=str)
+def test_a_stream_that_is_closed_is_done_without(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, args: list[str], stream: str
+) -> None:
+    for number in range(cull_idle.HANDFUL + 1):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+    monkeypatch.setattr(sys, stream, None)
+    assert cull_scripted("--timeout=1h", *args).exit_code == 0
+    getattr(sys, stream).close()
+    assert len(scripted.running()) == (0 if "--once" in args else cull_idle.HANDFUL + 1)
+
+
+def test_nothing_but_json_goes_to_stdout(hub: RealHub, cull_real: Cull, tmp_path: Path) -> None:
+    hub.spawn_many([("ann", "", IDLE), ("bob", "", {"idle_seconds": 90})])
+    notify: Mapping[str, str] = {"CULL_IDLE_NOTIFY": "sh -c 'cat; echo heard'", "FORCE_COLOR": "1"}
+    more = ["--warn-before=10m", "--max-culls=50%", f"--metrics-file={tmp_path / 'cull_idle.prom'}"]
+    assert told(cull_real("--json", "-v", "--timeout=1h", *more, env=notify)).total["culled"] == 1

@@ -1,0 +1,415 @@
+"""What --metrics-file writes: figures that Prometheus reads, whole or not at all, after each pass."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import Cull, Result
+from hub import RealHub
+from prometheus_client.parser import text_string_to_metric_families
+from scripted_hub import ScriptedHub, normal, respond, respond_json, then_do
+from test_loop import Start
+from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
+from test_readme import README, rows, section
+
+import cull_idle
+
+HOUR = 3600
+LONG_AGO = 7230.0
+OUTCOMES = ("culled", "stopping", "gone", "spared", "failed")
+OLD = """\
+# HELP cull_idle_passes_total Passes.
+# TYPE cull_idle_passes_total counter
+cull_idle_passes_total """
+OF_THE_LIST = {"cull_idle_running_servers", "cull_idle_idle_servers", "cull_idle_planned"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where the figures go: a folder of its own, in which nothing else may be left."""
+    folder = tmp_path / "node_exporter"
+    folder.mkdir()
+    return folder / "cull_idle.prom"
+
+
+@pytest.fixture
+def cull_measured(cull_scripted: Cull, file: Path) -> Cull:
+    """Run `cull_idle.py --once --url SCRIPTED --timeout 1h --metrics-file FILE ARGS`."""
+
+    def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+        return cull_scripted("--timeout=1h", f"--metrics-file={file}", *args, token=token, env=env)
+
+    return run
+
+
+def figures(file: Path) -> dict[str, float]:
+    """The samples that Prometheus sees, `name` or, of an outcome, `name:outcome`; all else of it is as it should be."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(file.read_text()):
+        assert family.documentation.endswith(".")
+        assert (family.type == "counter") == family.samples[0].name.endswith("_total")
+        assert family.type in ("counter", "gauge")
+        for sample in family.samples:
+            name = ":".join([sample.name, *sample.labels.values()])
+            assert name not in found
+            found[name] = sample.value
+    return found
+
+
+def names(file: Path) -> set[str]:
+    return {name.partition(":")[0] for name in figures(file)}
+
+
+def outcomes(file: Path) -> dict[str, float]:
+    """Those that are not 0; all are there."""
+    all_figures = figures(file)
+    counts = {outcome: all_figures[f"cull_idle_outcomes_total:{outcome}"] for outcome in OUTCOMES}
+    return {outcome: count for outcome, count in counts.items() if count}
+
+
+# What is in it
+
+
+def test_a_pass_leaves_its_figures(hub: RealHub, cull_real: Cull, file: Path) -> None:
+    idle = {"idle_seconds": LONG_AGO}
+    of_user = {**idle, "user_idle_seconds": LONG_AGO, "user_age_seconds": LONG_AGO}
+    hub.spawn_many(
+        [
+            ("ann", "", of_user),
+            ("ann", "gpu", idle),
+            ("bob", "", {"idle_seconds": 90, "user_idle_seconds": 90}),
+            ("cat", "", {**of_user, "stop_seconds": 30}),
+            ("dan", "", {"idle_seconds": HOUR - 300, "user_idle_seconds": 90}),
+        ]
+    )
+    result = cull_real(
+        "--timeout=1h", "--cull-users", "--warn-before=10m", f"--metrics-file={file}", token=hub.user_culler_token
+    )
+    assert result.exit_code == 0
+    found = figures(file)
+    seconds = found.pop("cull_idle_pass_duration_seconds")
+    ended = found.pop("cull_idle_last_pass_timestamp_seconds")
+    assert 0 < seconds < 60
+    assert abs(ended - file.stat().st_mtime) < 60
+    assert found.pop("cull_idle_last_success_timestamp_seconds") == ended
+    assert found == {
+        "cull_idle_passes_total": 1,
+        "cull_idle_failed_passes_total": 0,
+        "cull_idle_outcomes_total:culled": 2,
+        "cull_idle_outcomes_total:stopping": 1,
+        "cull_idle_outcomes_total:gone": 0,
+        "cull_idle_outcomes_total:spared": 1,
+        "cull_idle_outcomes_total:failed": 0,
+        "cull_idle_deleted_users_total": 1,
+        "cull_idle_warned_servers_total": 1,
+        "cull_idle_running_servers": 5,
+        "cull_idle_idle_servers": 3,
+        "cull_idle_planned": 5,
+    }
+
+
+def test_the_readme_names_each_metric_and_no_other(cull_measured: Cull, file: Path) -> None:
+    cull_measured()
+    named = [name for cell, _ in rows("Metrics") for name in re.findall(r"cull_idle_\w+", cell)]
+    assert sorted(named) == sorted(names(file))
+    outcome_row = next(meaning for cell, meaning in rows("Metrics") if "outcome" in cell)
+    assert re.findall("`(.*?)`", outcome_row) == list(OUTCOMES)
+
+
+def test_the_readmes_alert_and_queries_are_of_metrics_that_exist(cull_measured: Cull, file: Path) -> None:
+    cull_measured()
+    queries = re.findall(r"expr: (.*)", README) + re.findall(r"`(.*?)`", section("Metrics").rpartition("Queries")[2])
+    used = {name for query in queries for name in re.findall(r"cull_idle_\w+", query)}
+    assert len(queries) == 4
+    assert "cull_idle_last_success_timestamp_seconds" in used
+    assert used <= names(file)
+
+
+def test_labels_in_the_readmes_queries_exist(cull_measured: Cull, file: Path) -> None:
+    cull_measured()
+    (label,) = re.findall(r"sum by \((\w+)\)", section("Metrics"))
+    assert f'{{{label}="culled"}}' in file.read_text()
+
+
+# From pass to pass
+
+
+def test_counters_go_on_from_one_run_to_the_next(scripted: ScriptedHub, cull_measured: Cull, file: Path) -> None:
+    for count in (1, 2, 3):
+        scripted.add("ann", idle=LONG_AGO)
+        cull_measured()
+        found = figures(file)
+        assert found["cull_idle_passes_total"] == found["cull_idle_outcomes_total:culled"] == count
+        assert (found["cull_idle_running_servers"], found["cull_idle_failed_passes_total"]) == (1, 0)
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+
+
+def test_counters_go_on_in_the_loop(scripted: ScriptedHub, start: Start, file: Path) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    file.write_text(OLD + "5\n")
+
+    def passes() -> float:
+        found = figures(file)  # at any moment the old ones, or all
+        assert len(found) in (1, 15)
+        return found["cull_idle_passes_total"]
+
+    culler = start(scripted, "--timeout=1h", "--cull-every=1s", f"--metrics-file={file}")
+    culler.wait_for(lambda: passes() == 7)
+    assert culler.end(signal.SIGTERM) == 0
+    found = figures(file)
+    assert found["cull_idle_outcomes_total:culled"] == 1
+    assert found["cull_idle_running_servers"] == 0
+
+
+Break = Callable[[ScriptedHub], object]
+FAILURES: dict[str, tuple[Break, list[str]]] = {
+    "Hub down": (lambda hub: hub.pause_listening(), []),
+    "token refused": (lambda hub: setattr(hub, "token", "another"), []),
+    "scope missing": (lambda hub: hub.scopes.remove("delete:servers"), []),
+    "list breaks off": (
+        lambda hub: hub.fault("GET", "/users", normal(), respond(500), times=None),
+        ["--api-page-size=1"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("break_it", "arguments"), FAILURES.values(), ids=FAILURES)
+def test_a_pass_that_failed_counts_and_has_no_figures_of_the_list(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path, break_it: Break, arguments: list[str]
+) -> None:
+    token = scripted.token
+    scripted.add("ann", idle=60)
+    scripted.add("bob", idle=60)
+    assert cull_measured().exit_code == 0
+    good = figures(file)
+    assert good.keys() >= OF_THE_LIST
+    break_it(scripted)
+    assert cull_measured(*arguments, token=token).exit_code == 3
+    failed = figures(file)
+    assert failed.keys() == good.keys() - OF_THE_LIST
+    assert (failed["cull_idle_passes_total"], failed["cull_idle_failed_passes_total"]) == (2, 1)
+    success = "cull_idle_last_success_timestamp_seconds"
+    assert failed[success] == good[success] < failed["cull_idle_last_pass_timestamp_seconds"]
+
+
+def test_what_never_succeeded_has_succeeded_long_ago(cull_measured: Cull, file: Path) -> None:
+    """So that the README's alert fires."""
+    cull_measured(token="wrong")
+    assert figures(file)["cull_idle_last_success_timestamp_seconds"] == 0
+
+
+@pytest.mark.parametrize("undone", ["failed", "fuse"])
+def test_a_pass_that_left_something_undone_is_no_success_but_has_all_figures(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path, undone: str
+) -> None:
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond_json(500, {}), times=None)
+    assert cull_measured(*(["--max-culls=1"] if undone == "fuse" else [])).exit_code == 1
+    found = figures(file)
+    assert found["cull_idle_failed_passes_total"] == 1
+    assert found["cull_idle_last_success_timestamp_seconds"] == 0
+    assert (found["cull_idle_running_servers"], found["cull_idle_planned"]) == (2, 2)
+    assert outcomes(file) == ({} if undone == "fuse" else {"culled": 1, "failed": 1})
+
+
+def test_a_list_that_was_not_read_to_its_end_because_of_a_signal_is_not_counted(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path
+) -> None:
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=60)
+    scripted.fault("GET", "/users", then_do(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert cull_measured("--api-page-size=1").exit_code == 1
+    found = figures(file)
+    assert found.keys().isdisjoint(OF_THE_LIST)
+    assert (found["cull_idle_failed_passes_total"], found["cull_idle_last_success_timestamp_seconds"]) == (1, 0)
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--explain=ann"])
+def test_what_changes_nothing_writes_nothing(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path, option: str
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    assert cull_measured(option).exit_code == 0
+    assert not file.exists()
+    cull_measured()
+    before = file.read_text()
+    scripted.add("ann", idle=LONG_AGO)
+    assert cull_measured(option).exit_code == 0
+    assert file.read_text() == before
+
+
+# What was there before
+
+
+@pytest.mark.parametrize(
+    ("old", "passes"),
+    [
+        pytest.param("", 1, id="empty"),
+        pytest.param(OLD + "41\n", 42, id="whole number"),
+        pytest.param(OLD + "41.0\n", 42, id="with a point"),
+        pytest.param(OLD + "1e+16\n", 1e16, id="1e+16"),
+        pytest.param(OLD + "2.5e+01\n", 26, id="exponent"),
+        pytest.param(OLD + "-5\n", -4, id="negative"),
+        pytest.param(OLD + "41", 1, id="cut in a number"),
+        pytest.param(OLD[:-7], 1, id="cut in a name"),
+        pytest.param(OLD[:20], 1, id="cut in a comment"),
+        pytest.param(OLD + "1.2.3\n", 1, id="no number"),
+        pytest.param(OLD + "NaN\n", 1, id="NaN"),
+        pytest.param(OLD + "+Inf\n", 1, id="infinite"),
+        pytest.param(OLD + "41\nrest \udcff\udcfe\n", 42, id="not UTF-8"),
+        pytest.param(OLD + "41\n\x00\x00\x00", 42, id="zeros"),
+    ],
+)
+def test_a_file_that_is_damaged_is_used_as_far_as_it_goes(
+    cull_measured: Cull, file: Path, old: str, passes: float
+) -> None:
+    file.write_bytes(old.encode(errors="surrogateescape"))
+    assert cull_measured().exit_code == 0
+    assert figures(file)["cull_idle_passes_total"] == passes
+
+
+def test_figures_are_read_back_as_they_were_written(scripted: ScriptedHub, cull_measured: Cull, file: Path) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    cull_measured()
+    samples = dict(line.rsplit(" ", 1) for line in file.read_text().splitlines() if not line.startswith("#"))
+    assert cull_idle.read_metrics(str(file)) == {name: float(value) for name, value in samples.items()}
+
+
+def foreign(path: Path) -> None:
+    path.write_bytes(b"# HELP node_load1 1m load average.\nnode_load1 0.21\n")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize("make", [foreign, binary, Path.mkdir], ids=["another's metrics", "binary", "folder"])
+def test_what_is_not_its_own_is_refused_and_left_as_it_was(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path, make: Callable[[Path], object]
+) -> None:
+    make(file)
+    before = file.stat()
+    result = cull_measured()
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert line == (
+        f"cull_idle.py: Invalid value for '--metrics-file': {file} is there already: it is not one of cull_idle.py's,"
+        " and is not overwritten."
+    )
+    assert (file.stat(), scripted.requests) == (before, [])
+
+
+def test_a_device_is_not_replaced_by_a_file(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("as root, this breaks the machine"))
+    assert cull_scripted("--metrics-file=/dev/null").exit_code == 2
+
+
+def test_a_folder_that_does_not_exist_is_a_wrong_option(cull_scripted: Cull, tmp_path: Path) -> None:
+    result = cull_scripted(f"--metrics-file={tmp_path / 'none' / 'cull_idle.prom'}")
+    assert result.exit_code == 2
+    assert "cannot be written: its folder must exist and be writable." in result.err
+
+
+# How it is written
+
+
+def test_others_may_read_it(cull_measured: Cull, file: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        cull_measured()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_it_is_complete_before_it_has_its_name_and_until_then_has_one_that_no_collector_reads(
+    cull_measured: Cull, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cull_measured()
+    really_replace = os.replace
+    replaced: list[Path] = []
+
+    def replace(unfinished: str, path: str) -> None:
+        replaced.append(Path(unfinished))
+        assert figures(file)["cull_idle_passes_total"] == 1
+        assert figures(Path(unfinished))["cull_idle_passes_total"] == 2
+        really_replace(unfinished, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    cull_measured()
+    (unfinished,) = replaced
+    assert unfinished.parent == file.parent
+    assert unfinished.suffix != ".prom"
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may become longer than a few bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_pass_as_they_are(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path
+) -> None:
+    cull_measured()
+    before = file.read_text()
+    scripted.add("ann", idle=LONG_AGO)
+    with full_disk():
+        result = cull_measured()
+    assert (result.exit_code, scripted.running()) == (0, set())
+    assert result.lines[-1] == f"ERROR    --metrics-file {file} is not written: File too large"
+    assert len(result.lines) == 3
+    assert file.read_text() == before
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+    cull_measured()
+    assert figures(file)["cull_idle_passes_total"] == 2
+
+
+def turned_into_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def taken_by_another(file: Path) -> None:
+    file.write_text("node_load1 0.21\n")
+
+
+@pytest.mark.parametrize(
+    ("become", "why"),
+    [
+        (lambda file: shutil.rmtree(file.parent), "No such file or directory"),
+        (turned_into_a_folder, "it is not one of cull_idle.py's, and is not overwritten"),
+        (taken_by_another, "it is not one of cull_idle.py's, and is not overwritten"),
+    ],
+    ids=["folder gone", "folder in its place", "another's file in its place"],
+)
+def test_what_comes_in_the_way_during_a_pass_is_one_line_of_the_log(
+    scripted: ScriptedHub, cull_measured: Cull, file: Path, become: Callable[[Path], object], why: str
+) -> None:
+    cull_measured()
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("GET", "/users", then_do(lambda: become(file)))
+    result = cull_measured("-q")
+    assert (result.exit_code, scripted.running()) == (0, set())
+    assert result.lines == [f"ERROR    --metrics-file {file} is not written: {why}"]
+    assert not file.parent.exists() or [each.name for each in file.parent.iterdir()] == [file.name]
