@@ -1036,7 +1036,7 @@ class Scan:
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
-    soon: list[Event] = dataclasses.field(default_factory=list)  # what is kept, and due within --warn-before
+    soon: dict[tuple[str, str], Event] = dataclasses.field(default_factory=dict)  # kept, but due within --warn-before
     idle_for: dict[timedelta, int] = dataclasses.field(default_factory=dict)  # how many servers, at least that long
     doubts: int = 0
     first_doubt: str = ""
@@ -1069,7 +1069,7 @@ class Scan:
                     continue
                 staying += 1
                 if warn_before and (soon := due_soon(server, verdict, policy, page.now, warn_before)):
-                    self._warn(server, *soon, page.now)
+                    self._warn(Due(server, verdict), *soon, page.now)
                 elif self.keep or verdict.doubt:
                     self._keep(Due(server, verdict))
             if user and not staying:
@@ -1091,9 +1091,12 @@ class Scan:
         for step in self.idle_for:
             self.idle_for[step] += verdict.idle is not None and verdict.idle >= step
 
-    def _warn(self, server: Server, due: datetime, verdict: Verdict, now: datetime) -> None:
+    def _warn(self, kept: Due[Server], due: datetime, verdict: Verdict, now: datetime) -> None:
+        if kept.verdict.doubt:
+            self._doubt(kept.target.full_name, kept.verdict.reason)
         reason = f"{verdict.reason}; due in {format_duration(due - now, units=2)}"
-        self.soon.append(Event(server, Outcome.WARNED, reason, verdict, due=due))
+        event = Event(kept.target, Outcome.WARNED, reason, verdict, due=due)
+        self.soon.setdefault((kept.target.user, kept.target.name), event)
 
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.verdict.doubt:
@@ -1390,7 +1393,7 @@ class Culler:
         self.stop = stop
         self.report = Report(settings)
         self._scopes_checked = False
-        self._warned: dict[str, datetime | None] = {}  # servers, and when they are due
+        self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
         """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
@@ -1452,12 +1455,14 @@ class Culler:
 
     def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
         """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""
-        warned, self._warned = self._warned, {}
-        for event in scan.soon:
-            name = event.target.full_name
-            self._warned[name] = event.due
-            if warned.get(name) != event.due:
+        if not scan.error:  # what is not listed this time may be so the next time
+            self._warned = {name: due for name, due in self._warned.items() if due > scan.clock[0]}
+        for name, event in scan.soon.items():
+            if event.due and self._warned.get(name) != event.due:
+                self._warned[name] = event.due
                 yield event
+            else:
+                self.report.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
         if self.settings.max_culls:
             self.settings.max_culls.check(scan)
         yield from Culling(hub, scan, self.stop).events()
@@ -1609,10 +1614,13 @@ class Report:
         due: list[Due[Server] | Due[User]] = [*scan.servers.values(), *scan.users.values()]
         planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
         if self._settings.json:
-            for event in (*planned, *scan.soon):
+            for event in (*planned, *scan.soon.values()):
                 echo_json(self._facts(event))
             return
-        rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
+        rows = [
+            (event.target, event.verdict, self._would_be(event), event.reason)
+            for event in (*planned, *scan.soon.values())
+        ]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
         rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
         width = terminal_width()
