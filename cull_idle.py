@@ -2397,8 +2397,11 @@ ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity
 def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
-    if settings.warn_before and ZERO < settings.timeout <= settings.warn_before:
-        raise click.UsageError("--warn-before must be shorter than --timeout, or it would warn of servers in use.")
+    timeouts = [] if settings.arbiter else [settings.timeout, *(rule.timeout for rule in settings.rule)]
+    if settings.warn_before and any(timeout and timeout <= settings.warn_before for timeout in timeouts):
+        raise click.UsageError(
+            "--warn-before must be shorter than --timeout and each rule's timeout=, or it would warn of servers in use."
+        )
     with stop_signals() as stop:
         culler = Culler(settings, stop)
         if ZERO < settings.timeout < ACTIVITY_INTERVAL:

@@ -359,6 +359,35 @@ def test_servers_whose_names_look_alike_are_told_apart(loop: Loop, scripted: Scr
 # The option
 
 
+@pytest.mark.parametrize(
+    ("args", "exit_code"),
+    [
+        (["--timeout=1h", "--warn-before=59m"], 0),
+        (["--timeout=1h", "--warn-before=1h"], 2),
+        (["--timeout=1h", "--warn-before=2h"], 2),
+        (["--warn-before=15m"], 2),  # --timeout is 10m
+        (["--timeout=never", "--max-age=1h", "--warn-before=2h"], 0),
+        (["--timeout=0", "--warn-before=15m"], 0),
+        (["--timeout=1h", "--warn-before=15m", "--rule=group=gpu timeout=15m"], 2),
+        (["--timeout=1h", "--warn-before=15m", "--rule=group=gpu timeout=16m", "--rule=user=a keep"], 0),
+        (["--timeout=1h", "--warn-before=15m", "--rule=group=gpu timeout=0"], 0),
+        (["--timeout=10m", "--warn-before=15m", "--arbiter=builtins:bool"], 2),  # takes no keywords
+    ],
+)
+def test_it_must_be_shorter_than_every_timeout(cull_scripted: Cull, args: list[str], exit_code: int) -> None:
+    result = cull_scripted(*args)
+    assert result.exit_code == exit_code
+    if exit_code:
+        assert len(result.lines) == 1
+
+
+def test_the_sentence_says_what_is_wrong(cull_scripted: Cull) -> None:
+    assert cull_scripted("--timeout=1h", "--warn-before=1h").err == (
+        "cull_idle.py: --warn-before must be shorter than --timeout and each rule's timeout=,"
+        " or it would warn of servers in use.\n"
+    )
+
+
 @pytest.mark.parametrize("value", ["never", "soon", "-1", "400d"])
 def test_what_is_no_duration_of_at_most_a_year_is_refused(cull_scripted: Cull, value: str) -> None:
     assert cull_scripted(f"--warn-before={value}").exit_code == 2
