@@ -1669,8 +1669,8 @@ class Report:
 
     def _end_notices(self) -> None:
         notices, self._notices = self._notices, None
-        for name, error in notices.wait() if notices else ():
-            self._fail(f"--notify for {name}: {error}", error)
+        for sentence, kind in notices.wait() if notices else ():
+            self._fail(sentence, kind)
 
 
 def open_log(level: str) -> logging.Logger:
@@ -1898,6 +1898,7 @@ def read_metrics(path: str) -> dict[str, float]:
 
 NOTICE_SECONDS = 30  # for one command
 NOTICES_AT_ONCE = 4
+LATE_NOTICES = 10  # after so many in a pass no other is begun: it would take hours
 
 
 class Notices:
@@ -1907,34 +1908,48 @@ class Notices:
         from concurrent.futures import ThreadPoolExecutor
 
         self._command = command
+        self._secrets = {token, os.environ.get("JUPYTERHUB_API_TOKEN", "").strip() or token}
         self._environment = {
-            name: value for name, value in os.environ.items() if name != "JUPYTERHUB_API_TOKEN" and token not in value
+            name: value
+            for name, value in os.environ.items()
+            if name != "JUPYTERHUB_API_TOKEN" and not any(secret in value for secret in self._secrets)
         }
         self._stop = stop
         self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
         self._running: list[tuple[str, Future[str]]] = []
+        self._late: list[object] = []  # what was not done in time
+        self._left_out: list[object] = []
 
     def send(self, facts: Mapping[str, Any]) -> None:
-        """Run the command soon."""
+        """Run the command soon, unless told to stop before that, or many were not done in time."""
         name = printable(f"{facts['user']}/{facts['server']}" if facts["server"] else facts["user"])
         self._running.append((name, self._workers.submit(self._run, facts)))
 
-    def wait(self) -> list[tuple[str, str]]:
-        """Wait for all; returns for whom it failed, and how. When told to stop, those not yet begun are left out."""
+    def wait(self) -> Iterator[tuple[str, str]]:
+        """Wait for all; yields what failed, as a sentence, and in which way."""
         with self._workers:
-            return [(name, error) for name, future in self._running if (error := future.result())]
+            for name, future in self._running:
+                if error := future.result():
+                    yield f"--notify for {name}: {error}", f"--notify: {error.partition(': ')[0]}"
+        if self._left_out:
+            why = "told to stop" if self._stop.is_set() else f"{len(self._late)} were not done in time"
+            yield (sentence := f"--notify: {len(self._left_out)} left out, because {why}"), sentence
 
     def _run(self, facts: Mapping[str, Any]) -> str:
+        """Run the command for one event; returns why it failed."""
         import json
         import subprocess
         import tempfile
 
-        if self._stop.is_set():
-            return "told to stop before it was run"
+        if self._stop.is_set() or len(self._late) >= LATE_NOTICES:
+            self._left_out.append(facts)
+            return ""
         variables = {"EVENT": facts["outcome"], "USER": facts["user"], "SERVER": facts["server"], "DUE": facts["due"]}
         environment = self._environment | {f"CULL_IDLE_{name}": value or "" for name, value in variables.items()}
-        with tempfile.TemporaryFile() as complaints:
-            try:
+        command = self._command[0]
+        try:
+            # Not a pipe: what the command leaves running in the background may keep that open.
+            with tempfile.TemporaryFile() as complaints:
                 process = subprocess.Popen(  # noqa: S603 (the administrator's own command)
                     self._command,
                     env=environment,
@@ -1943,17 +1958,25 @@ class Notices:
                     stderr=complaints,
                     start_new_session=True,
                 )
-            except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
-                return f"{self._command[0]} cannot be run: {shorten(str(error))}"
-            try:
-                process.communicate(json.dumps(facts).encode(), NOTICE_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"{self._command[0]} was not done after {NOTICE_SECONDS}s, and was killed"
-            complaints.seek(0)
-            words = shorten(complaints.read(READ_SIZE).decode(errors="replace")) or "no word of why"
-        return f"{self._command[0]} exited with {process.returncode}: {words}" if process.returncode else ""
+                try:
+                    process.communicate(json.dumps(facts).encode() + b"\n", NOTICE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._late.append(facts)
+                    with contextlib.suppress(OSError):  # what runs as another user cannot be killed
+                        os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
+                    return f"{command} was not done after {NOTICE_SECONDS}s, and is given up"
+                complaints.seek(max(complaints.seek(0, os.SEEK_END) - READ_SIZE, 0))
+                words = complaints.read(READ_SIZE).decode(errors="replace")
+        except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
+            return f"{command} cannot be run: {shorten(str(getattr(error, 'strerror', None) or error))}"
+        if process.returncode == 0:
+            return ""
+        for secret in self._secrets:
+            words = words.replace(secret, "…")
+        how = f"exited with {process.returncode}" if process.returncode > 0 else f"was killed ({-process.returncode})"
+        *_, last = words.strip().splitlines() or ["no word of why"]  # of a traceback the last line says it
+        return f"{command} {how}: {shorten(last)}"
 
 
 # ---- The reasons for one decision
