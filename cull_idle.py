@@ -83,10 +83,13 @@ class HubError(CullError):
     """The Hub, or whatever answers at its URL, cannot be used like this."""
 
     exit_code = Exit.NO_HUB
+    of_all = False  # what is asked next may come to the same
 
 
 class TryAgain(HubError):
     """The Hub cannot be used now, but perhaps soon: after `pause` seconds, if it said so."""
+
+    of_all = True
 
     def __init__(self, sentence: str, pause: float = 0) -> None:
         super().__init__(sentence)
@@ -944,7 +947,9 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
     if caused_by(ConnectionRefusedError):
         return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
     if caused_by(requests.Timeout, urllib3.exceptions.TimeoutError):
-        return HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
+        late = HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
+        late.of_all = request.startswith("GET")  # to stop a server may take long
+        return late
     if caused_by(requests.ConnectionError, urllib3.exceptions.ProtocolError):
         return TryAgain(
             f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__});"
@@ -988,6 +993,7 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
 
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
+IN_VAIN = 10  # so many in a row without an answer, or two for each request in flight, end a pass
 
 
 class Due(NamedTuple, Generic[Target]):
@@ -1019,6 +1025,7 @@ class Event(NamedTuple):
     error: str = ""  # why it failed
     due: datetime | None = None  # from when on something that is warned will be culled
     ends_pass: bool = False  # the token may not do this to anything
+    in_vain: bool = False  # the Hub did not answer, and may not answer anything
 
     def __str__(self) -> str:
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
@@ -1168,6 +1175,7 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
+    in_vain: int = 0  # how many of the last ones, without a break
     # The Hub takes the stop of a server for an activity of its user. So, by name: the users as second looks found them,
     # and from when to when their servers were stopped.
     looks: dict[str, list[User]] = dataclasses.field(default_factory=lambda: defaultdict(list))
@@ -1217,13 +1225,24 @@ class Culling:
             try:
                 event = patiently(partial(look_and_cull, due), self.stop)
             except HubError as error:
-                return Event(due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error))
-            self.ended = self.ended or (event is not None and event.ends_pass)
+                return Event(
+                    due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error), in_vain=error.of_all
+                )
+            if event and event.ends_pass:
+                self.ended = True
             return event
 
         for future in as_completed([workers.submit(work, due) for due in dues]):
             if event := future.result():
-                yield event
+                yield self._give_up(event)
+
+    def _give_up(self, event: Event) -> Event:
+        """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
+        self.in_vain = self.in_vain + 1 if event.in_vain else 0
+        if self.in_vain != max(IN_VAIN, 2 * self.scan.settings.concurrency):
+            return event
+        self.ended = True
+        return event._replace(error=f"the pass ends, because the last {self.in_vain} all failed so: {event.error}")
 
     def _over(self) -> bool:
         """Whether nothing new may be started."""
@@ -1528,7 +1547,7 @@ def stop_signals() -> Iterator[threading.Event]:
 # ---- What it shows
 
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
-HANDFUL = 10  # more than these get a progress bar
+HANDFUL = 10  # more servers to cull get a progress bar, more kinds of failures are not told apart
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
@@ -1593,7 +1612,9 @@ class Report:
     def result(self, result: PassResult, pause: float | None = None) -> None:
         """Say what a pass came to, and in how many seconds the next one starts."""
         for kind, count in self._failures.items():
-            if count > 1:
+            if not kind:
+                self.say("error", f"{count} more failed in other ways; -v says each")
+            elif count > 1:
                 self.say("error", f"{count - 1} more failed in the same way: {kind}")
         self._failures.clear()
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
@@ -1663,9 +1684,12 @@ class Report:
         }
 
     def _fail(self, sentence: str, error: str) -> None:
-        kind = re.sub(r"/users/[^\s:]+", "/users/…", error)
+        """Say what failed, the first of each kind. What the Hub says of it, in brackets, may be of just this one."""
+        kind = re.sub(r"/users/[^\s:]+", "/users/…", error.partition(" (")[0])
+        if kind not in self._failures and len(self._failures) >= HANDFUL:
+            kind = ""
         self._failures[kind] += 1
-        self.say("error" if self._failures[kind] == 1 else "debug", sentence)
+        self.say("error" if kind and self._failures[kind] == 1 else "debug", sentence)
 
     def _end_notices(self) -> None:
         notices, self._notices = self._notices, None
