@@ -206,6 +206,17 @@ def test_a_dry_run_shows_it_in_the_table_and_in_json(cull_scripted: Cull, script
     assert summary["event"] == "pass"
 
 
+def test_the_limit_of_a_rule_counts(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    for name in ("ann", "bob", "kept"):
+        scripted.add(name, idle=NEARLY)
+    result = cull_scripted(*ARGS, "--rule=user=bob timeout=2h", "--rule=user=kept keep")
+    assert re.findall(r"warned (\w+):", result.err) == ["ann"]
+    scripted.add("bob", idle=NEARLY + 3600)
+    result = cull_scripted(*ARGS, "--rule=user=bob timeout=2h", "--rule=user=ann keep", "--rule=user=kept keep")
+    (line,) = (line for line in result.lines if "warned bob" in line)
+    assert "bob: idle 1h50m, limit 2h by rule 1: user=bob timeout=2h; due in 9m" in line
+
+
 def test_a_server_on_two_pages_is_reported_once(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=NEARLY)
     page = scripted.users["ann"], scripted.scopes
