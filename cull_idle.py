@@ -1936,7 +1936,7 @@ class Notices:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if name != "JUPYTERHUB_API_TOKEN" and not any(secret in value for secret in self._secrets)
+            if not any(secret in value for secret in self._secrets)  # $JUPYTERHUB_API_TOKEN, and what else has it
         }
         self._stop = stop
         self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
