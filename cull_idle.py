@@ -82,10 +82,13 @@ class HubError(CullError):
     """The Hub, or whatever answers at its URL, cannot be used like this."""
 
     exit_code = Exit.NO_HUB
+    of_all = False  # what is asked next may come to the same
 
 
 class TryAgain(HubError):
     """The Hub cannot be used now, but perhaps soon: after `pause` seconds, if it said so."""
+
+    of_all = True
 
     def __init__(self, sentence: str, pause: float = 0) -> None:
         super().__init__(sentence)
@@ -982,7 +985,9 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
     if caused_by(ConnectionRefusedError):
         return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
     if caused_by(requests.Timeout, urllib3.exceptions.TimeoutError):
-        return HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
+        late = HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
+        late.of_all = request.startswith("GET")  # to stop a server may take long
+        return late
     if caused_by(requests.ConnectionError, urllib3.exceptions.ProtocolError):
         return TryAgain(
             f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__});"
@@ -1026,6 +1031,7 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
 
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
+IN_VAIN = 10  # so many in a row without an answer, or two for each request in flight, end a pass
 
 
 class Due(NamedTuple, Generic[Target]):
@@ -1057,6 +1063,7 @@ class Event(NamedTuple):
     error: str = ""  # why it failed
     due: datetime | None = None  # from when on something that is warned will be culled
     ends_pass: bool = False  # the token may not do this to anything
+    in_vain: bool = False  # the Hub did not answer, and may not answer anything
 
     def __str__(self) -> str:
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
@@ -1075,7 +1082,7 @@ class Scan:
     running: int = 0  # servers
     servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
     users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
-    soon: list[Event] = dataclasses.field(default_factory=list)  # what is kept, and due within --warn-before
+    soon: dict[tuple[str, str], Event] = dataclasses.field(default_factory=dict)  # kept, but due within --warn-before
     idle_for: dict[timedelta, int] = dataclasses.field(default_factory=dict)  # how many servers, at least that long
     doubts: int = 0
     first_doubt: str = ""
@@ -1108,7 +1115,7 @@ class Scan:
                     continue
                 staying += 1
                 if warn_before and (soon := due_soon(server, verdict, policy, page.now, warn_before)):
-                    self._warn(server, *soon, page.now)
+                    self._warn(Due(server, verdict), *soon, page.now)
                 elif self.keep or verdict.doubt:
                     self._keep(Due(server, verdict))
             if user and not staying:
@@ -1130,9 +1137,12 @@ class Scan:
         for step in self.idle_for:
             self.idle_for[step] += verdict.idle is not None and verdict.idle >= step
 
-    def _warn(self, server: Server, due: datetime, verdict: Verdict, now: datetime) -> None:
+    def _warn(self, kept: Due[Server], due: datetime, verdict: Verdict, now: datetime) -> None:
+        if kept.verdict.doubt:
+            self._doubt(kept.target.full_name, kept.verdict.reason)
         reason = f"{verdict.reason}; due in {format_duration(due - now, units=2)}"
-        self.soon.append(Event(server, Outcome.WARNED, reason, verdict, due=due))
+        event = Event(kept.target, Outcome.WARNED, reason, verdict, due=due)
+        self.soon.setdefault((kept.target.user, kept.target.name), event)
 
     def _keep(self, kept: Due[Server] | Due[User]) -> None:
         if kept.verdict.doubt:
@@ -1205,6 +1215,7 @@ class Culling:
     scan: Scan
     stop: threading.Event
     ended: bool = False
+    in_vain: int = 0  # how many of the last ones, without a break
     # The Hub takes the stop of a server for an activity of its user. So, by name: the users as second looks found them,
     # and from when to when their servers were stopped.
     looks: dict[str, list[User]] = dataclasses.field(default_factory=lambda: defaultdict(list))
@@ -1254,13 +1265,24 @@ class Culling:
             try:
                 event = patiently(partial(look_and_cull, due), self.stop)
             except HubError as error:
-                return Event(due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error))
-            self.ended = self.ended or (event is not None and event.ends_pass)
+                return Event(
+                    due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error), in_vain=error.of_all
+                )
+            if event and event.ends_pass:
+                self.ended = True
             return event
 
         for future in as_completed([workers.submit(work, due) for due in dues]):
             if event := future.result():
-                yield event
+                yield self._give_up(event)
+
+    def _give_up(self, event: Event) -> Event:
+        """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
+        self.in_vain = self.in_vain + 1 if event.in_vain else 0
+        if self.in_vain != max(IN_VAIN, 2 * self.scan.settings.concurrency):
+            return event
+        self.ended = True
+        return event._replace(error=f"the pass ends, because the last {self.in_vain} all failed so: {event.error}")
 
     def _over(self) -> bool:
         """Whether nothing new may be started."""
@@ -1433,7 +1455,7 @@ class Culler:
         self.stop = stop
         self.report = Report(settings, stop)
         self._scopes_checked = False
-        self._warned: dict[str, datetime | None] = {}  # servers, and when they are due
+        self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
         """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
@@ -1495,12 +1517,14 @@ class Culler:
 
     def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
         """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""
-        warned, self._warned = self._warned, {}
-        for event in scan.soon:
-            name = event.target.full_name
-            self._warned[name] = event.due
-            if warned.get(name) != event.due:
+        if not scan.error:  # what is not listed this time may be so the next time
+            self._warned = {name: due for name, due in self._warned.items() if due > scan.clock[0]}
+        for name, event in scan.soon.items():
+            if event.due and self._warned.get(name) != event.due:
+                self._warned[name] = event.due
                 yield event
+            else:
+                self.report.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
         if self.settings.max_culls:
             self.settings.max_culls.check(scan)
         yield from Culling(hub, scan, self.stop).events()
@@ -1568,7 +1592,7 @@ def stop_signals() -> Iterator[threading.Event]:
 # ---- What it shows
 
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
-HANDFUL = 10  # more than these get a progress bar
+HANDFUL = 10  # more servers to cull get a progress bar, more kinds of failures are not told apart
 ERASE = "\r\033[K"  # the line on which a bar is
 BESIDE_LABEL = " " * 9  # where the facts of --explain stand
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
@@ -1631,7 +1655,9 @@ class Report:
     def result(self, result: PassResult, pause: float | None = None) -> None:
         """Say what a pass came to, and in how many seconds the next one starts. Raises OSError if nobody reads JSON."""
         for kind, count in self._failures.items():
-            if count > 1:
+            if not kind:
+                self.say("error", f"{count} more failed in other ways; -v says each")
+            elif count > 1:
                 self.say("error", f"{count - 1} more failed in the same way: {kind}")
         self._failures.clear()
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
@@ -1654,10 +1680,13 @@ class Report:
         due: list[Due[Server] | Due[User]] = [*scan.servers.values(), *scan.users.values()]
         planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
         if self._settings.json:
-            for event in (*planned, *scan.soon):
+            for event in (*planned, *scan.soon.values()):
                 self._tell(self._facts(event))
             return
-        rows = [(event.target, event.verdict, self._would_be(event), event.reason) for event in (*planned, *scan.soon)]
+        rows = [
+            (event.target, event.verdict, self._would_be(event), event.reason)
+            for event in (*planned, *scan.soon.values())
+        ]
         rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
         rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
         width = terminal_width(sys.stdout)
@@ -1735,14 +1764,17 @@ class Report:
                 self._stop.set()
 
     def _fail(self, sentence: str, error: str) -> None:
-        kind = re.sub(r"/users/[^\s:]+", "/users/…", error)
+        """Say what failed, the first of each kind. What the Hub says of it, in brackets, may be of just this one."""
+        kind = re.sub(r"/users/[^\s:]+", "/users/…", error.partition(" (")[0])
+        if kind not in self._failures and len(self._failures) >= HANDFUL:
+            kind = ""
         self._failures[kind] += 1
-        self.say("error" if self._failures[kind] == 1 else "debug", sentence)
+        self.say("error" if kind and self._failures[kind] == 1 else "debug", sentence)
 
     def _end_notices(self) -> None:
         notices, self._notices = self._notices, None
-        for name, error in notices.wait() if notices else ():
-            self._fail(f"--notify for {name}: {error}", error)
+        for sentence, kind in notices.wait() if notices else ():
+            self._fail(sentence, kind)
 
 
 def open_log(level: str) -> logging.Logger:
@@ -1990,6 +2022,7 @@ def read_metrics(path: str) -> dict[str, float]:
 
 NOTICE_SECONDS = 30  # for one command
 NOTICES_AT_ONCE = 4
+LATE_NOTICES = 10  # after so many in a pass no other is begun: it would take hours
 
 
 class Notices:
@@ -1999,35 +2032,49 @@ class Notices:
         from concurrent.futures import ThreadPoolExecutor
 
         self._command = command
+        self._secrets = {token, os.environ.get("JUPYTERHUB_API_TOKEN", "").strip() or token}
         self._environment = {
-            name: value for name, value in os.environ.items() if name != "JUPYTERHUB_API_TOKEN" and token not in value
+            name: value
+            for name, value in os.environ.items()
+            if not any(secret in value for secret in self._secrets)  # $JUPYTERHUB_API_TOKEN, and what else has it
         }
         self._stop = stop
         self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
         self._running: list[tuple[str, Future[str]]] = []
+        self._late: list[object] = []  # what was not done in time
+        self._left_out: list[object] = []
 
     def send(self, facts: Mapping[str, Any]) -> None:
-        """Run the command soon."""
+        """Run the command soon, unless told to stop before that, or many were not done in time."""
         name = printable(f"{facts['user']}/{facts['server']}" if facts["server"] else facts["user"])
         self._running.append((name, self._workers.submit(self._run, facts)))
 
-    def wait(self) -> list[tuple[str, str]]:
-        """Wait for all; returns for whom it failed, and how. When told to stop, those not yet begun are left out."""
+    def wait(self) -> Iterator[tuple[str, str]]:
+        """Wait for all; yields what failed, as a sentence, and in which way."""
         with self._workers:
-            return [(name, error) for name, future in self._running if (error := future.result())]
+            for name, future in self._running:
+                if error := future.result():
+                    yield f"--notify for {name}: {error}", f"--notify: {error.partition(': ')[0]}"
+        if self._left_out:
+            why = "told to stop" if self._stop.is_set() else f"{len(self._late)} were not done in time"
+            yield (sentence := f"--notify: {len(self._left_out)} left out, because {why}"), sentence
 
     def _run(self, facts: Mapping[str, Any]) -> str:
+        """Run the command for one event; returns why it failed."""
         import json
         import signal
         import subprocess
         import tempfile
 
-        if self._stop.is_set():
-            return "told to stop before it was run"
+        if self._stop.is_set() or len(self._late) >= LATE_NOTICES:
+            self._left_out.append(facts)
+            return ""
         variables = {"EVENT": facts["outcome"], "USER": facts["user"], "SERVER": facts["server"], "DUE": facts["due"]}
         environment = self._environment | {f"CULL_IDLE_{name}": value or "" for name, value in variables.items()}
-        with tempfile.TemporaryFile() as complaints:
-            try:
+        command = self._command[0]
+        try:
+            # Not a pipe: what the command leaves running in the background may keep that open.
+            with tempfile.TemporaryFile() as complaints:
                 process = subprocess.Popen(  # noqa: S603 (the administrator's own command)
                     self._command,
                     env=environment,
@@ -2036,17 +2083,25 @@ class Notices:
                     stderr=complaints,
                     start_new_session=True,
                 )
-            except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
-                return f"{self._command[0]} cannot be run: {shorten(str(error))}"
-            try:
-                process.communicate(json.dumps(facts).encode(), NOTICE_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"{self._command[0]} was not done after {NOTICE_SECONDS}s, and was killed"
-            complaints.seek(0)
-            words = shorten(complaints.read(READ_SIZE).decode(errors="replace")) or "no word of why"
-        return f"{self._command[0]} exited with {process.returncode}: {words}" if process.returncode else ""
+                try:
+                    process.communicate(json.dumps(facts).encode() + b"\n", NOTICE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._late.append(facts)
+                    with contextlib.suppress(OSError):  # what runs as another user cannot be killed
+                        os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
+                    return f"{command} was not done after {NOTICE_SECONDS}s, and is given up"
+                complaints.seek(max(complaints.seek(0, os.SEEK_END) - READ_SIZE, 0))
+                words = complaints.read(READ_SIZE).decode(errors="replace")
+        except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
+            return f"{command} cannot be run: {shorten(str(getattr(error, 'strerror', None) or error))}"
+        if process.returncode == 0:
+            return ""
+        for secret in self._secrets:
+            words = words.replace(secret, "…")
+        how = f"exited with {process.returncode}" if process.returncode > 0 else f"was killed ({-process.returncode})"
+        *_, last = words.strip().splitlines() or ["no word of why"]  # of a traceback the last line says it
+        return f"{command} {how}: {shorten(last)}"
 
 
 # ---- The reasons for one decision
@@ -2516,8 +2571,11 @@ ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity
 def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
-    if settings.warn_before and ZERO < settings.timeout <= settings.warn_before:
-        raise click.UsageError("--warn-before must be shorter than --timeout, or it would warn of servers in use.")
+    timeouts = [] if settings.arbiter else [settings.timeout, *(rule.timeout for rule in settings.rule)]
+    if settings.warn_before and any(timeout and timeout <= settings.warn_before for timeout in timeouts):
+        raise click.UsageError(
+            "--warn-before must be shorter than --timeout and each rule's timeout=, or it would warn of servers in use."
+        )
     with stop_signals() as stop:
         culler = Culler(settings, stop)
         if ZERO < settings.timeout < ACTIVITY_INTERVAL:
