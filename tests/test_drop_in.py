@@ -171,7 +171,8 @@ class CullBoth(Protocol):
 def cull_both(hubs: Hubs, cull: Cull, tmp_path: Path) -> CullBoth:
     def run(command_line: str) -> tuple[Left, Left]:
         words = command_line.split()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB_")}
+        unwanted = ("JUPYTERHUB_", "COV")  # nor is the reference to be measured
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         with subprocess.Popen(
             [sys.executable, "-c", REFERENCE_ONCE, *for_hub(hubs.reference, map(as_2_0_0_takes_it, words))],
             env={**environment, **managed(hubs.reference), "JUPYTERHUB_API_TOKEN": hubs.reference.user_culler_token},
