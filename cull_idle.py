@@ -1087,10 +1087,8 @@ class Scan:
     doubts: int = 0
     first_doubt: str = ""
     error: HubError | None = None  # why the list is not complete
-    clock: tuple[datetime, float] = (
-        datetime(LAST_YEAR, 1, 1, tzinfo=UTC),
-        0,
-    )  # the Hub's, when time.monotonic() was this
+    # The Hub's, and time.monotonic() at that time.
+    clock: tuple[datetime, float] = (datetime(LAST_YEAR, 1, 1, tzinfo=UTC), 0)
 
     def add(self, page: Page) -> None:
         """Decide about all users and servers of a page."""

@@ -65,6 +65,12 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program, where it runs in this process, try again at once."""
+    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
 def _quiet_log() -> Iterator[None]:
     """Leave no handler behind that writes to a stream that pytest has closed."""
     yield

@@ -26,11 +26,6 @@ PASSING = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 @pytest.fixture
 def ann(scripted: ScriptedHub, request: pytest.FixtureRequest) -> str:
     """Ann is due: her server, or where the test is of users she herself."""

@@ -18,8 +18,6 @@ import requests
 from conftest import Cull, Result
 from hub import RealHub
 
-import cull_idle
-
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 60}
 IDLE_USER = {**IDLE, "user_idle_seconds": 2 * 3600 + 90}
@@ -107,11 +105,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,6 @@ ANN = {"name": "ann", "admin": False, "created": MOMENT, "last_activity": MOMENT
 NOT_SHOWN = "its last_activity is not shown: that takes the scope read:users:activity"
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 def settings_of(*args: str) -> Settings:
     """What the command line would make of these arguments."""
     with cull_idle.make_command().make_context("cull_idle.py", list(args)) as context:

@@ -13,14 +13,7 @@ import pytest
 from conftest import Cull, Result
 from hub import RealHub
 
-import cull_idle
-
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -145,11 +145,6 @@ def told(result: Result) -> Told:
     return Told(result, lines, total)
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 # What the lines say
 
 

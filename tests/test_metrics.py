@@ -33,11 +33,6 @@ cull_idle_passes_total """
 OF_THE_LIST = {"cull_idle_running_servers", "cull_idle_idle_servers", "cull_idle_planned"}
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Where the figures go: a folder of its own, in which nothing else may be left."""

@@ -52,11 +52,6 @@ ODD_NAMES = [
 VICTIMS = ("alice", "bob", "server", "alice/server2", "x", "users", "server/")
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 def raw_deletes(scripted: ScriptedHub) -> list[str]:
     return [request.target.removeprefix(PREFIX) for request in scripted.requests if request.method == "DELETE"]
 

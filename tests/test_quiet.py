@@ -13,15 +13,8 @@ from hub import RealHub
 from scripted_hub import Answer, Exchange, Reply, ScriptedHub, error, hang, raw, reset, respond, respond_json, then_do
 from test_warnings import Loop
 
-import cull_idle
-
 IDLE, NEARLY = 7290.0, 50 * 60.0 + 30  # seconds
 QUIET = ("-q", "--timeout=1h")
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def fill(scripted: ScriptedHub, due: int) -> None:

@@ -9,14 +9,7 @@ import pytest
 from conftest import Cull
 from scripted_hub import Reply, ScriptedHub, raw, redirect, respond
 
-import cull_idle
-
 LONG_AGO = 7230.0
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def test_the_token_is_in_one_header_of_each_request(cull_scripted: Cull, scripted: ScriptedHub) -> None:

@@ -9,14 +9,7 @@ import pytest
 from conftest import Cull
 from scripted_hub import Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
 
-import cull_idle
-
 LONG_AGO = 7230.0
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def add_many(scripted: ScriptedHub, count: int, **fields: Any) -> set[str]:

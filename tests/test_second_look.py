@@ -30,15 +30,8 @@ from scripted_hub import (
     truncated,
 )
 
-import cull_idle
-
 LONG_AGO = 7230.0
 Change = Callable[[FakeServer], object]
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def on_look(scripted: ScriptedHub, hook: Callable[[], object]) -> None:

@@ -34,11 +34,6 @@ TOKEN = "5ecre7-token-0f-the-cu11er"
 TO_API = "usually ends in /hub/api"
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
-
-
 def assert_one_sentence(result: Result, exit_code: int, *words: str) -> None:
     assert result.exit_code == exit_code
     assert result.out == ""
