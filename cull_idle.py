@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import gc
 import os
 import re
 import sys
@@ -2247,11 +2248,11 @@ def read_arbiter(_ctx: click.Context, _param: click.Parameter, value: str | None
 
 def read_command(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Split a command as a shell would."""
+    if value is None:
+        return None
     import shlex
     import shutil
 
-    if value is None:
-        return None
     try:
         words = tuple(shlex.split(value))
     except ValueError as error:
@@ -2283,10 +2284,10 @@ def option_name(field: str) -> str:
 
 def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
     """Take defaults from a TOML file whose keys are the names of options."""
-    import tomllib
-
     if path is None:
         return None
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
@@ -2660,6 +2661,7 @@ def nowhere() -> TextIO:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    gc.set_threshold(10_000)  # imports and pages make many objects, and hardly any cycles
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
