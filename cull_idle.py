@@ -924,12 +924,13 @@ class Hub:
 
     @cached_property
     def _transport(self) -> Mapping[str, Any]:
-        """What $REQUESTS_CA_BUNDLE and, because a proxy for plain HTTP would see the token, just $HTTPS_PROXY say."""
+        """What $REQUESTS_CA_BUNDLE and $HTTPS_PROXY say; a proxy for plain HTTP would see the token."""
         import requests
 
+        if not self.url.startswith("https:"):
+            return {"proxies": {}}
         verify, cert = (self._tls.ca, (self._tls.cert, self._tls.key)) if self._tls else (None, None)
-        transport = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
-        return transport if self.url.startswith("https:") else {**transport, "proxies": {}}
+        return requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
 
 
 def segment(name: str) -> str:
