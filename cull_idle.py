@@ -136,6 +136,11 @@ def parse_duration(text: str) -> timedelta:
         raise ValueError(f"{shorten(text, 40)!r} is too long a duration.") from None
 
 
+def parse_limit(text: str) -> timedelta:
+    """Read a duration, or `never` as NEVER. Raises ValueError, as parse_duration."""
+    return NEVER if text.strip().lower() == "never" else parse_duration(text)
+
+
 def format_duration(duration: timedelta, units: int = 4) -> str:
     """Write a duration as parse_duration reads it (`2h03m`, `1d04h`), cut to whole seconds and `units` units."""
     minutes, seconds = divmod(int(duration.total_seconds()), 60)
@@ -451,7 +456,7 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 
 
 class Arbiter(NamedTuple):
-    """A function that says whether to cull a server; plain or async, it gets those of ARGUMENTS that it takes."""
+    """A function, plain or async, that says whether to cull a server; it gets those of ARBITER_ARGUMENTS it takes."""
 
     function: Callable[..., object]
     arguments: frozenset[str]
@@ -518,8 +523,12 @@ def arbitrate(server: Server, verdict: Verdict, limit: timedelta, arbiter: Arbit
 # ---- Rules: exceptions for some servers and users
 
 MATCHES = ("user", "group", "server", "admin", "option.KEY", "state.KEY")
-SERVER_MATCHES = ("server", "option", "state")
 RULE_HELP = f"write matches ({', '.join(f'{name}=' for name in MATCHES)}) and settings (timeout=, max-age=, keep)"
+
+
+def of_server(field: str) -> bool:
+    """Whether what a rule matches is a server's, and no user has it."""
+    return field.partition(".")[0] in ("server", "option", "state")
 
 
 class Rule(NamedTuple):
@@ -534,7 +543,7 @@ class Rule(NamedTuple):
     @property
     def of_users(self) -> bool:
         """Whether it may apply to users too: it matches nothing of a server."""
-        return not any(field.partition(".")[0] in SERVER_MATCHES for field, _ in self.matches)
+        return not any(of_server(field) for field, _ in self.matches)
 
 
 def parse_rule(text: str) -> Rule:
@@ -557,7 +566,7 @@ def parse_rule(text: str) -> Rule:
             keep = True
         elif equals and name in ("timeout", "max-age") and name not in limits:
             try:
-                limits[name] = NEVER if value.strip().lower() == "never" else parse_duration(value)
+                limits[name] = parse_limit(value)
             except ValueError as error:
                 raise ValueError(f"{shorten(word)!r}: {error}") from None
         elif equals and (
@@ -592,10 +601,10 @@ class Policies:
         for number, rule in enumerate(rules):
             for field, glob in rule.matches:
                 self._globs.setdefault(field, []).append((1 << number, glob))
-                if field.partition(".")[0] in SERVER_MATCHES:
-                    self._of_users &= ~(1 << number)
+            if not rule.of_users:
+                self._of_users &= ~(1 << number)
         self._fields = list(self._globs)
-        self._user_fields = [field for field in self._fields if field.partition(".")[0] not in SERVER_MATCHES]
+        self._user_fields = [field for field in self._fields if not of_server(field)]
         self._remembered = lru_cache(maxsize=10_000)(self._find_fitting)
 
     def of_server(self, server: Server) -> Policy:
@@ -699,6 +708,16 @@ class Page(NamedTuple):
                 f"GET /users: the page after offset {self.offset} would start at {offset}; the rest is not read"
             )
         return offset
+
+
+def read_page(answer: Answer, offset: int) -> Page | None:
+    """Read an answer as the part of the user list that begins there, None if it is other JSON. Raises ValueError."""
+    match answer.json():
+        case list(models):
+            return Page(models, answer.now, offset)
+        case {"items": list(models), "_pagination": {"next": following} as pagination}:
+            return Page(models, answer.now, offset, following, pagination.get("total"))
+    return None
 
 
 def read_body(response: requests.Response) -> bytes:
@@ -815,14 +834,12 @@ class Hub:
         if answer.status != 200:
             raise HubError(f"GET /users: {self.url} {answer}; {NO_API}")
         try:
-            match answer.json():
-                case list(models):
-                    return Page(models, answer.now, offset)
-                case {"items": list(models), "_pagination": {"next": following} as pagination}:
-                    return Page(models, answer.now, offset, following, pagination.get("total"))
+            page = read_page(answer, offset)
         except ValueError as error:
             raise HubError(f"GET /users: {self.url} {error}; {NO_API}") from None
-        raise HubError(f"GET /users: {self.url} answered JSON that is not a user list; {NO_API}")
+        if page is None:
+            raise HubError(f"GET /users: {self.url} answered JSON that is not a user list; {NO_API}")
+        return page
 
     def user(self, name: str) -> tuple[User | None, datetime]:
         """Look at one user; None if there is no such user, or no such request; and the Hub's clock."""
@@ -880,11 +897,9 @@ class Hub:
         """Whether the user list is found where it is only if this code is decoded."""
         if code not in self._rewritten:
             answer = self._ask("GET", LEADS_TO_USERS[code], {"limit": 1})
-            try:
-                found = answer.json()
-            except ValueError:
-                found = None
-            self._rewritten[code] = isinstance(found, list) or (isinstance(found, dict) and "items" in found)
+            self._rewritten[code] = False
+            with contextlib.suppress(ValueError):
+                self._rewritten[code] = read_page(answer, 0) is not None
         return self._rewritten[code]
 
     def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
@@ -1053,6 +1068,9 @@ class Outcome(enum.StrEnum):
     GONE = "gone"
     SPARED = "spared"
     FAILED = "failed"
+
+
+OF_DUE = [outcome for outcome in Outcome if outcome not in (Outcome.PLANNED, Outcome.WARNED)]
 
 
 class Event(NamedTuple):
@@ -1429,7 +1447,7 @@ class PassResult:
     @property
     def counts(self) -> dict[str, int]:
         """What became of how many, in the words of the log."""
-        outcomes = {str(o): self.outcomes[o] for o in Outcome if o not in (Outcome.PLANNED, Outcome.WARNED)}
+        outcomes = {str(outcome): self.outcomes[outcome] for outcome in OF_DUE}
         return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned}
 
     @property
@@ -1463,7 +1481,7 @@ class Culler:
         if self.settings.explain is not None:
             with self._hub(token) as hub:
                 self._check_scopes(hub)
-                self.report.reasons(explain(hub, self.settings, self.settings.explain))
+                show_reasons(explain(hub, self.settings, self.settings.explain))
             return Exit.DONE
         if self.settings.once or self.settings.dry_run:
             result = self.make_pass()
@@ -1594,7 +1612,6 @@ def stop_signals() -> Iterator[threading.Event]:
 JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
 HANDFUL = 10  # more servers to cull get a progress bar, more kinds of failures are not told apart
 ERASE = "\r\033[K"  # the line on which a bar is
-BESIDE_LABEL = " " * 9  # where the facts of --explain stand
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
@@ -1727,14 +1744,6 @@ class Report:
         if isinstance(target, User):
             return "delete"
         return "remove" if target.name and self._settings.remove_named_servers else "stop"
-
-    @staticmethod
-    def reasons(facts: Iterable[tuple[str, str]]) -> None:
-        """Print labels and facts, one below the other."""
-        width = terminal_width(sys.stdout)
-        for label, fact in facts:
-            lines = wrap(displayed(fact), width and width - len(BESIDE_LABEL))
-            click.echo(f"{label:{len(BESIDE_LABEL)}}" + f"\n{BESIDE_LABEL}".join(lines))
 
     def _facts(self, event: Event) -> dict[str, object]:
         """An event for programs, as the README documents it."""
@@ -1953,41 +1962,36 @@ def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | Non
 # ---- Figures for Prometheus
 
 
+def metric_families(result: PassResult, last_success: float) -> Iterator[tuple[str, str, Mapping[str, float]]]:
+    """Names of metrics, what they mean, and their values by their labels; of counters what this pass adds."""
+    ended = result.started.timestamp() + result.seconds
+    done = result.exit_code is Exit.DONE
+    outcomes = {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in OF_DUE}
+    yield "passes_total", "Passes.", {"": 1}
+    yield "failed_passes_total", "Passes that did not do all they set out to do.", {"": not done}
+    yield "outcomes_total", "What became of servers, and of users that were not deleted, that were due.", outcomes
+    yield "deleted_users_total", "Users that were deleted.", {"": result.deleted}
+    yield "warned_servers_total", "Servers that --warn-before reported.", {"": result.warned}
+    yield "pass_duration_seconds", "Time that the last pass took.", {"": result.seconds}
+    yield "last_pass_timestamp_seconds", "When the last pass ended.", {"": ended}
+    success = "When the last pass ended that did all it set out to do."
+    yield "last_success_timestamp_seconds", success, {"": ended if done else last_success}
+    if result.listed:
+        idle = "Ready servers that were idle for at least --timeout in the last pass."
+        yield "running_servers", "Servers that were ready in the last pass.", {"": result.running}
+        yield "idle_servers", idle, {"": result.idle}
+        yield "planned", "Servers and users that were due in the last pass.", {"": result.due}
+
+
 def write_metrics(path: str, result: PassResult) -> None:
     """Write what node_exporter's textfile collector reads, whole or not at all. Counters go on from what is there.
 
-    Raises OSError. https://prometheus.io/docs/instrumenting/exposition_formats/
+    Raises OSError, or ValueError if it is another file.
+    https://prometheus.io/docs/instrumenting/exposition_formats/
     """
     before = read_metrics(path)
-    ended = result.started.timestamp() + result.seconds
-    success = ended if result.exit_code is Exit.DONE else before.get("cull_idle_last_success_timestamp_seconds", 0)
-    outcomes = (Outcome.CULLED, Outcome.STOPPING, Outcome.GONE, Outcome.SPARED, Outcome.FAILED)
-    families: list[tuple[str, str, Mapping[str, float]]] = [
-        ("passes_total", "Passes.", {"": 1}),
-        ("failed_passes_total", "Passes that did not do all they set out to do.", {"": bool(result.exit_code)}),
-        (
-            "outcomes_total",
-            "What became of servers, and of users that were not deleted, that were due.",
-            {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in outcomes},
-        ),
-        ("deleted_users_total", "Users that were deleted.", {"": result.deleted}),
-        ("warned_servers_total", "Servers that --warn-before reported.", {"": result.warned}),
-        ("pass_duration_seconds", "Time that the last pass took.", {"": result.seconds}),
-        ("last_pass_timestamp_seconds", "When the last pass ended.", {"": ended}),
-        ("last_success_timestamp_seconds", "When the last pass ended that did all it set out to do.", {"": success}),
-    ]
-    if result.listed:
-        families += [
-            ("running_servers", "Servers that were ready in the last pass.", {"": result.running}),
-            (
-                "idle_servers",
-                "Ready servers that were idle for at least --timeout in the last pass.",
-                {"": result.idle},
-            ),
-            ("planned", "Servers and users that were due in the last pass.", {"": result.due}),
-        ]
     lines = []
-    for name, meaning, samples in families:
+    for name, meaning, samples in metric_families(result, before.get("cull_idle_last_success_timestamp_seconds", 0)):
         counts = name.endswith("_total")
         lines += [f"# HELP cull_idle_{name} {meaning}", f"# TYPE cull_idle_{name} {'counter' if counts else 'gauge'}"]
         for labels, value in samples.items():
@@ -2041,7 +2045,8 @@ class Notices:
         self._stop = stop
         self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
         self._running: list[tuple[str, Future[str]]] = []
-        self._late: list[object] = []  # what was not done in time
+        # Only how many counts; lists, because several threads add to them.
+        self._late: list[object] = []  # not done in time
         self._left_out: list[object] = []
 
     def send(self, facts: Mapping[str, Any]) -> None:
@@ -2106,6 +2111,16 @@ class Notices:
 
 # ---- The reasons for one decision
 
+LABEL = 9  # columns
+
+
+def show_reasons(facts: Iterable[tuple[str, str]]) -> None:
+    """Print labels and facts, one below the other."""
+    width = terminal_width(sys.stdout)
+    for label, fact in facts:
+        lines = wrap(displayed(fact), width and width - LABEL)
+        click.echo(f"{label:{LABEL}}" + f"\n{'':{LABEL}}".join(lines))
+
 
 def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]]:
     """All that decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
@@ -2159,7 +2174,8 @@ def explain_limits(
     """What is measured of a server or a user, which rule applies, and what the limits come to."""
     birth, born = ("started", target.started) if isinstance(target, Server) else ("created", target.created)
     active = target.last_activity
-    stands_in = f": when it was {birth}, no activity is known" if target.model.get("last_activity") is None else ""
+    # The very same moment only where it stands in, see read_user and read_server.
+    stands_in = f": when it was {birth}, no activity is known" if active is born else ""
     for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
         ago = f", {format_duration(measured)} ago" if measured is not None else ""
         yield label, f"{format_time(moment)}{ago}{stands_in * (label == 'active')}" if moment else "unknown"
@@ -2204,10 +2220,8 @@ def duration(*, least: timedelta = ZERO, most: timedelta = timedelta.max, never:
     def convert(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
         if value is None:
             return None
-        if never and value.strip().lower() == "never":
-            return NEVER
         try:
-            number = parse_duration(value)
+            number = parse_limit(value) if never else parse_duration(value)
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
         if number < least:

@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+from reference import REFERENCE_ONCE
+
 if TYPE_CHECKING:
     from hub import RealHub
 
@@ -33,30 +35,6 @@ ROOT = Path(__file__).parent.parent
 CONCURRENCY = 10
 PAGE_SIZE = 200
 ARGUMENTS = ["--timeout=3600", f"--concurrency={CONCURRENCY}", f"--api-page-size={PAGE_SIZE}"]
-
-# The reference only loops: its whole program, ended after the first pass, which it times.
-REFERENCE_ONCE = """
-import time
-import jupyterhub_idle_culler as reference
-from tornado.ioloop import IOLoop
-
-cull_idle = reference.cull_idle
-failures = []
-
-async def once(**arguments):
-    began = time.perf_counter()
-    try:
-        await cull_idle(**arguments)
-        print(time.perf_counter() - began)
-    except Exception as error:
-        failures.append(error)
-    IOLoop.current().stop()
-
-reference.cull_idle = once
-reference.main()
-if failures:
-    raise failures[0]
-"""
 
 # Ours, which times its pass, and how much of that it waits for what the Hub sends.
 OURS_TIMED = """

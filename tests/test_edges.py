@@ -315,6 +315,14 @@ def test_a_user_of_unclear_rank_at_either_look_is_spared(
     assert "INFO     spared user ann: the Hub does not say whether it is an admin" in result.lines
 
 
+def a_pass(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub, stop: threading.Event, *args: str
+) -> cull_idle.PassResult:
+    """What a pass comes to that may be told to stop."""
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
+    return Culler(settings_of(*args, f"--url={scripted.url}"), stop).make_pass()
+
+
 def test_told_to_stop_a_pass_begins_nothing_new_and_says_what_is_undone(
     monkeypatch: pytest.MonkeyPatch, scripted: ScriptedHub
 ) -> None:
@@ -322,8 +330,7 @@ def test_told_to_stop_a_pass_begins_nothing_new_and_says_what_is_undone(
         scripted.add(f"user{number}", idle=LONG_AGO)
     stop = threading.Event()
     scripted.fault("DELETE", ".*", and_do(stop.set))
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
-    result = Culler(settings_of("--timeout=1h", "--concurrency=1", f"--url={scripted.url}"), stop).make_pass()
+    result = a_pass(monkeypatch, scripted, stop, "--timeout=1h", "--concurrency=1")
     assert len(scripted.lines("DELETE")) == 1
     assert (result.due, result.undone, result.exit_code) == (5, 4, 1)
 
@@ -338,8 +345,7 @@ def test_told_to_stop_after_a_look_nothing_is_deleted(
         scripted.add_user("ann", idle=LONG_AGO)
     stop = threading.Event()
     scripted.fault("GET", "/users/ann", and_do(stop.set))
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
-    result = Culler(settings_of("--timeout=1h", "--cull-users", f"--url={scripted.url}"), stop).make_pass()
+    result = a_pass(monkeypatch, scripted, stop, "--timeout=1h", "--cull-users")
     assert scripted.lines()[-1] == "GET /users/ann"
     assert (result.undone, result.exit_code) == (result.due, 1)
 
@@ -349,8 +355,7 @@ def test_told_to_stop_a_scan_asks_for_no_other_page(monkeypatch: pytest.MonkeyPa
         scripted.add(f"user{number}", idle=LONG_AGO)
     stop = threading.Event()
     scripted.fault("GET", "/users", and_do(stop.set))
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
-    result = Culler(settings_of("--timeout=1h", "--api-page-size=2", f"--url={scripted.url}"), stop).make_pass()
+    result = a_pass(monkeypatch, scripted, stop, "--timeout=1h", "--api-page-size=2")
     assert scripted.lines() == ["GET /user", "GET /users?state=ready&limit=2"]
     assert (result.running, result.due, result.undone) == (2, 2, 2)
 
@@ -359,8 +364,7 @@ def test_told_to_stop_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch, sc
     scripted.add("ann", idle=LONG_AGO)
     stop = threading.Event()
     scripted.fault("DELETE", ".*", then_do(stop.set, reset()), times=None)
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
-    result = Culler(settings_of("--timeout=1h", f"--url={scripted.url}"), stop).make_pass()
+    result = a_pass(monkeypatch, scripted, stop, "--timeout=1h")
     assert scripted.lines()[2:] == ["GET /users/ann", "DELETE /users/ann/server"]
     assert result.exit_code == 1
 
