@@ -166,6 +166,16 @@ def test_a_keep_rule_protects_the_user_too(cull_scripted: Cull, scripted: Script
     assert result.exit_code == 0
 
 
+@pytest.mark.parametrize("rule", ["server=gpu keep", "option.profile=large keep", "state.node=a keep"])
+def test_a_keep_rule_that_matches_something_of_a_server_keeps_no_user(
+    cull_scripted: Cull, scripted: ScriptedHub, rule: str
+) -> None:
+    scripted.scopes.append("admin:server_state")
+    scripted.add_user("ann", idle=IDLE)
+    result = cull_scripted("--timeout=1h", "--cull-users", *rules(rule))
+    assert (result.exit_code, set(scripted.users)) == (0, set())
+
+
 @pytest.mark.parametrize(
     ("flags", "left"),
     [
