@@ -11,6 +11,7 @@ The API token comes from $JUPYTERHUB_API_TOKEN or --token-file, never from the c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import enum
@@ -2677,6 +2678,7 @@ def nowhere() -> TextIO:
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     gc.set_threshold(10_000)  # imports and pages make many objects, and hardly any cycles
+    atexit.register(gc.freeze)  # nor does Python have to look for these before it ends
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
