@@ -907,16 +907,16 @@ class Hub:
         """Send one request and read its answer."""
         from urllib.parse import urlencode
 
-        import requests
         import urllib3
 
-        request = requests.Request(method, self.url, self._headers, json=body)
         try:
-            prepared = request.prepare()
-            # Set last, because requests would decode a name such as %2E%2E again and take it for the folder above.
-            prepared.url = f"{(prepared.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+            request = self._request.copy()
+            request.prepare_method(method)
+            request.prepare_body(None, None, body)
+            # Not prepared, because requests would decode a name such as %2E%2E again and take it for the folder above.
+            request.url = f"{(request.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
             timeout = self._timeout.total_seconds()
-            with self._adapter().send(prepared, timeout=timeout, **self._transport) as response:
+            with self._adapter().send(request, timeout=timeout, **self._transport) as response:
                 content = read_body(response)
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
@@ -937,6 +937,13 @@ class Hub:
             adapter = self._thread.adapter = punctual_adapter()
             self._adapters.append(adapter)
         return adapter
+
+    @cached_property
+    def _request(self) -> requests.PreparedRequest:
+        """What all requests have in common."""
+        import requests
+
+        return requests.Request("GET", self.url, self._headers).prepare()
 
     @cached_property
     def _transport(self) -> Mapping[str, Any]:
