@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import socket
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    import requests
+    import urllib3
 
 __version__ = "0.1.0"
 
@@ -721,10 +721,10 @@ def read_page(answer: Answer, offset: int) -> Page | None:
     return None
 
 
-def read_body(response: requests.Response) -> bytes:
+def read_body(response: urllib3.BaseHTTPResponse) -> bytes:
     """Read an answer's body. Raises ValueError for one that is too large to be an answer."""
     chunks, size = [], 0
-    while chunk := response.raw.read1(READ_SIZE, decode_content=True):
+    for chunk in response.stream(READ_SIZE, decode_content=True):
         chunks.append(chunk)
         size += len(chunk)
         if size > LARGEST_BODY:
@@ -732,13 +732,10 @@ def read_body(response: requests.Response) -> bytes:
     return b"".join(chunks)
 
 
-def punctual_adapter() -> requests.adapters.HTTPAdapter:
-    """An adapter whose timeout bounds a whole answer; that of requests bounds each read, and an answer may drip."""
+def punctual(connection: type) -> type:
+    """Connections whose timeout bounds a whole answer; that of urllib3 bounds each read, and an answer may drip."""
     import io
     from http.client import HTTPResponse
-
-    import urllib3
-    from requests.adapters import HTTPAdapter
 
     class Reader(io.RawIOBase):
         def __init__(self, sock: socket.socket) -> None:
@@ -763,17 +760,7 @@ def punctual_adapter() -> requests.adapters.HTTPAdapter:
             self.fp.close()
             self.fp = io.BufferedReader(Reader(sock), READ_SIZE)
 
-    class HTTPPool(urllib3.HTTPConnectionPool):
-        class ConnectionCls(urllib3.connection.HTTPConnection):
-            response_class = Response
-
-    class HTTPSPool(urllib3.HTTPSConnectionPool):
-        class ConnectionCls(urllib3.connection.HTTPSConnection):
-            response_class = Response
-
-    adapter = HTTPAdapter()
-    adapter.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
-    return adapter
+    return type("Connection", (connection,), {"response_class": Response})
 
 
 class ClientTLS(NamedTuple):
@@ -796,11 +783,13 @@ class Hub:
     """The REST API of one Hub, as far as culling needs it.
 
     Threads may share it: each has a connection of its own. Every method that asks raises HubError, or its TryAgain
-    where another try may help. The token goes into the Authorization header and nowhere else: there is no
-    requests.Session, which would follow redirects, keep cookies and look into .netrc.
+    where another try may help. The token goes into the Authorization header and nowhere else: requests finds the way
+    and the certificates, but sends nothing itself, or it would follow redirects, keep cookies and look into .netrc.
     """
 
-    def __init__(self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None) -> None:
+    def __init__(
+        self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None, concurrency: int = 1
+    ) -> None:
         self.url = url
         self._headers = {
             "Authorization": f"token {token}",
@@ -809,19 +798,16 @@ class Hub:
         }
         self._timeout = request_timeout
         self._tls = tls
+        self._concurrency = concurrency  # so many connections are kept
         self.version: str | None = None  # of JupyterHub, as soon as it has said so
-        self._thread = threading.local()
-        self._adapters: list[requests.adapters.HTTPAdapter] = []
         self._rewritten: dict[str, bool] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for adapter in self._adapters:
-            pools = adapter.poolmanager.pools  # on their own they are closed when the last exception from them is freed
-            for key in pools.keys():  # noqa: SIM118 (it is no dict)
-                pools[key].close()
+        if "_way" in vars(self):
+            self._way[0].close()  # on their own they are closed when the last exception from them is freed
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
@@ -905,23 +891,31 @@ class Hub:
 
     def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
         """Send one request and read its answer."""
+        import json
         from urllib.parse import urlencode
 
         import urllib3
 
         try:
-            request = self._request.copy()
-            request.prepare_method(method)
-            request.prepare_body(None, None, body)
-            # Not prepared, because requests would decode a name such as %2E%2E again and take it for the folder above.
-            request.url = f"{(request.url or self.url).rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
-            timeout = self._timeout.total_seconds()
-            with self._adapter().send(request, timeout=timeout, **self._transport) as response:
+            pool, api = self._way
+            headers = self._headers if body is None else {**self._headers, "Content-Type": "application/json"}
+            response = pool.urlopen(
+                method,
+                f"{api}{path}" + (f"?{urlencode(query)}" if query else ""),
+                None if body is None else json.dumps(body),
+                headers,
+                retries=False,
+                redirect=False,
+                timeout=self._timeout.total_seconds(),
+                preload_content=False,
+                enforce_content_length=True,
+            )
+            with contextlib.closing(response):
                 content = read_body(response)
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
             raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
-        answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")))
+        answer = Answer(response.status, content, parse_http_date(response.headers.get("Date")))
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
             raise TryAgain(f"{method} {path}: the Hub {answer}", pause)
@@ -930,30 +924,23 @@ class Hub:
             raise HubError(f"{method} {path}: {self.url} redirects to {where}, which is not followed; {NO_API}")
         return answer
 
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        """This thread's connection."""
-        adapter: requests.adapters.HTTPAdapter | None = getattr(self._thread, "adapter", None)
-        if adapter is None:
-            adapter = self._thread.adapter = punctual_adapter()
-            self._adapters.append(adapter)
-        return adapter
-
     @cached_property
-    def _request(self) -> requests.PreparedRequest:
-        """What all requests have in common."""
+    def _way(self) -> tuple[urllib3.HTTPConnectionPool, str]:
+        """Connections to the Hub, and the API's path there."""
         import requests
 
-        return requests.Request("GET", self.url, self._headers).prepare()
-
-    @cached_property
-    def _transport(self) -> Mapping[str, Any]:
-        """What $REQUESTS_CA_BUNDLE and $HTTPS_PROXY say; a proxy for plain HTTP would see the token."""
-        import requests
-
-        if not self.url.startswith("https:"):
-            return {"proxies": {}}
-        verify, cert = (self._tls.ca, (self._tls.cert, self._tls.key)) if self._tls else (None, None)
-        return requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
+        request = requests.Request("GET", self.url).prepare()
+        cert = (self._tls.cert, self._tls.key) if self._tls else None
+        verify: Any = self._tls.ca if self._tls else None
+        proxies: Any = None  # one for plain HTTP would see the token
+        if self.url.startswith("https:"):
+            by_user = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
+            verify, proxies = by_user["verify"], by_user["proxies"]
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=self._concurrency)
+        pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies, cert)
+        adapter.cert_verify(pool, self.url, verify, cert)  # type: ignore[no-untyped-call]
+        pool.ConnectionCls = punctual(pool.ConnectionCls)
+        return pool, request.path_url.rstrip("/")
 
 
 def segment(name: str) -> str:
@@ -989,8 +976,9 @@ def parse_retry_after(text: str | None, now: datetime) -> float:
 
 def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> HubError:
     """The sentence for a request that was not answered."""
-    import requests
-    import urllib3
+    import socket
+
+    from urllib3 import exceptions
 
     causes: list[BaseException] = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
@@ -1000,20 +988,23 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
         return any(isinstance(cause, kinds) for cause in causes)
 
     where = f"{request}: {url}"
-    if caused_by(requests.exceptions.ProxyError):
+    if caused_by(exceptions.ProxyError):
         return TryAgain(f"{where} is not reached through the proxy of $HTTPS_PROXY ({type(causes[-1]).__name__})")
-    if caused_by(requests.exceptions.SSLError, urllib3.exceptions.SSLError):
+    if caused_by(exceptions.SSLError):
         why = shorten(str(causes[-1]))
         return HubError(f"{where}: TLS failed: {why}; {NO_TLS}")
-    if caused_by(urllib3.exceptions.NameResolutionError):
+    if caused_by(socket.gaierror):
         return TryAgain(f"{where}: its host name does not resolve; is --url right?")
     if caused_by(ConnectionRefusedError):
         return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
-    if caused_by(requests.Timeout, urllib3.exceptions.TimeoutError):
+    if caused_by(exceptions.NewConnectionError):
+        why = getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__
+        return TryAgain(f"{where} cannot be reached: {why}; is --url right?")
+    if caused_by(exceptions.TimeoutError):
         late = HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
         late.of_all = request.startswith("GET")  # to stop a server may take long
         return late
-    if caused_by(requests.ConnectionError, urllib3.exceptions.ProtocolError):
+    if caused_by(exceptions.ProtocolError):
         return TryAgain(
             f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__});"
             " if it never comes, is it http: or https:?"
@@ -1539,7 +1530,8 @@ class Culler:
         return result
 
     def _hub(self, token: str) -> Hub:
-        return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
+        settings = self.settings
+        return Hub(settings.url, token, settings.request_timeout, settings.tls, settings.concurrency)
 
     def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
         """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""

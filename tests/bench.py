@@ -344,8 +344,8 @@ def measure_real_scan(effort: Effort) -> Iterator[Line]:
         for first in range(0, servers, PAGE_SIZE):
             hub.spawn_many([(f"user-{first + index}", "", {"idle_seconds": 60}) for index in range(PAGE_SIZE)])
         ours, reference = in_turn(
-            (effort.runs, lambda: run(timed, hub.url, hub.culler_token)),
-            (effort.runs, lambda: run(REFERENCE, hub.url, hub.culler_token)),
+            (3 * effort.runs, lambda: run(timed, hub.url, hub.culler_token)),
+            (3 * effort.runs, lambda: run(REFERENCE, hub.url, hub.culler_token)),
         )
         assert len(hub.running()) == servers, "some were stopped"
     passes, waits, running = zip(*(map(float, each.output.split()) for each in ours), strict=True)

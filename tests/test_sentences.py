@@ -283,6 +283,11 @@ def test_a_host_that_does_not_resolve(cull: Cull, monkeypatch: pytest.MonkeyPatc
     assert_one_sentence(result, 3, "http://hub.example/hub/api", "does not resolve", "--url")
 
 
+def test_a_hub_that_no_way_leads_to(cull: Cull) -> None:
+    url = "http://255.255.255.255/hub/api"  # everybody's address
+    assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 3, url, "cannot be reached", "--url")
+
+
 def test_a_hub_that_times_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.fault("*", ".*", hang(), times=None)
     result = cull_scripted("--request-timeout", "0.2")
