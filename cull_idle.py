@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["click>=8.2", "python-dateutil>=2.9", "requests>=2.32.2"]
+# dependencies = ["click>=8.4.1", "python-dateutil>=2.9", "requests>=2.32.2"]
 # ///
 """Stop the idle servers of a JupyterHub through its REST API.
 
@@ -2681,12 +2681,16 @@ def main(args: list[str] | None = None) -> int:
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
+            raise UsageError("click is too old here and would misread options: pip install --upgrade click")
         return int(make_command().main(args, PROGRAM, standalone_mode=False))
     except click.ClickException as error:
         blame_source(error)
         sentence, exit_code = error.format_message(), Exit.USAGE
     except CullError as error:
         sentence, exit_code = str(error), error.exit_code
+    except ModuleNotFoundError as error:
+        sentence, exit_code = f"the Python module {error.name} is missing (README: install)", Exit.USAGE
     except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
         sys.stdout = nowhere()  # or Python would try again
         sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -81,8 +82,16 @@ HUBS = [
     Row("5.5.*", hub("5.5.*", "3.11")),
     Row("6.*", hub("6.*", "3.11")),
 ]
+
+# The oldest packages that may be beside the program; the last one comes with requests.
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+OLDEST_PACKAGES = (*(package.replace(">=", "==") for package in PACKAGES), "urllib3==1.26.*")
+ALL_TESTS = ("--editable", f"{ROOT}[test]")
 PYTHONS = [
-    Environment(f"python-{version}", version, ("--editable", f"{ROOT}[test]")) for version in ("3.11", "3.12", "3.13")
+    Environment("python-3.11", "3.11", ALL_TESTS),
+    Environment("python-3.12", "3.12", ALL_TESTS),
+    Environment("python-3.13", "3.13", ALL_TESTS),
+    Environment("python-3.11-oldest-packages", "3.11", (*ALL_TESTS, *OLDEST_PACKAGES)),
 ]
 
 

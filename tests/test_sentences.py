@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Cull, Result
 from scripted_hub import (
@@ -281,6 +283,16 @@ def test_a_host_that_does_not_resolve(cull: Cull, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     result = cull("--once", "--url", "http://hub.example/hub/api", token=TOKEN)
     assert_one_sentence(result, 3, "http://hub.example/hub/api", "does not resolve", "--url")
+
+
+def test_a_package_that_is_missing(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "requests", None)
+    assert_one_sentence(cull_scripted(), 2, "requests is missing", "README")
+
+
+def test_a_click_that_would_take_a_bare_flag_for_false(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(click, "NoSuchCommand")
+    assert_one_sentence(cull_scripted(), 2, "click is too old", "pip install --upgrade click")
 
 
 def test_a_hub_that_no_way_leads_to(cull: Cull) -> None:
