@@ -189,7 +189,10 @@ def test_when_it_is_back_the_next_pass_does_the_rest(
     fill(scripted, 50)
     scripted.fault("DELETE", "/users/user25/server", go_down(scripted))
     loop = Loop(scripted, capsys, "--concurrency=1")
-    assert re.search(r" 25 culled, 1\d failed, 1\d left undone ", loop.make_pass()[-1])
+    summary = loop.make_pass()[-1]
+    failed, undone = map(int, re.findall(r" 25 culled, (\d+) failed, (\d+) left undone ", summary)[0])
+    assert failed >= 10  # without pauses, a few more fail until that is seen
+    assert failed + undone == 25
     scripted.resume()
     loop.make_pass()
     assert scripted.running() == set()
