@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -82,6 +86,51 @@ def test_what_the_hub_hands_over_comes_before_the_options(hub: RealHub, cull: Cu
     options = ("--ssl-enabled", "--internal-certs-location=nowhere")
     result = cull("--once", "--timeout=1h", *options, token=hub.culler_token, env=handed_over(hub))
     assert (result.exit_code, hub.running()) == (0, {"busy"})
+
+
+class Tunnel(StreamRequestHandler):
+    """An HTTP proxy that knows CONNECT only, and lets TLS through."""
+
+    seen: list[bytes]
+
+    def handle(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.rfile.readline()
+        self.seen.append(head)
+        host, _, port = head.split()[1].decode().partition(":")
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with socket.create_connection((host, int(port))) as hub:
+            back = threading.Thread(target=pump, args=(hub, self.connection))
+            back.start()
+            pump(self.connection, hub)
+            back.join()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):  # the other side is gone already
+        while chunk := source.recv(1 << 16):
+            sink.sendall(chunk)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingTCPServer]:
+    monkeypatch.setattr(Tunnel, "seen", [], raising=False)
+    with ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_proxy_for_https_is_used_and_sees_no_token(hub: RealHub, cull: Cull, proxy: ThreadingTCPServer) -> None:
+    location = f"--internal-certs-location={hub.certificates}"
+    through = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.server_address[1]}", "NO_PROXY": "", "no_proxy": ""}
+    options = ("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled", location)
+    result = cull(*options, token=hub.culler_token, env=through)
+    assert (result.exit_code, hub.running()) == (0, {"busy"})
+    assert len(Tunnel.seen) == 1
+    assert hub.culler_token.encode() not in Tunnel.seen[0]
 
 
 Spoil = Callable[[Path, Path], object]  # takes the Hub's certificates, and foreign ones
