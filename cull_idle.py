@@ -981,8 +981,8 @@ def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> H
     from urllib3 import exceptions
 
     causes: list[BaseException] = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and not isinstance(cause, TypeError):
+        causes.append(cause)  # a TypeError is how urllib3 1 finds out that this is not Python 2
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
