@@ -83,16 +83,16 @@ HUBS = [
     Row("6.*", hub("6.*", "3.11")),
 ]
 
-# The oldest packages that may be beside the program; the last one comes with requests.
-PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-OLDEST_PACKAGES = (*(package.replace(">=", "==") for package in PACKAGES), "urllib3==1.26.*")
 ALL_TESTS = ("--editable", f"{ROOT}[test]")
-PYTHONS = [
-    Environment("python-3.11", "3.11", ALL_TESTS),
-    Environment("python-3.12", "3.12", ALL_TESTS),
-    Environment("python-3.13", "3.13", ALL_TESTS),
-    Environment("python-3.11-oldest-packages", "3.11", (*ALL_TESTS, *OLDEST_PACKAGES)),
-]
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+# The oldest that may be beside the program; urllib3 comes with requests.
+OLDEST_PACKAGES = Environment(
+    "python-3.11-oldest-packages",
+    "3.11",
+    (*ALL_TESTS, *(package.replace(">=", "==") for package in PACKAGES), "urllib3==1.26.*"),
+)
+PYTHONS = [Environment(f"python-{version}", version, ALL_TESTS) for version in ("3.11", "3.12", "3.13")]
+PYTHONS.append(OLDEST_PACKAGES)
 
 
 # ---- Environments
@@ -215,11 +215,12 @@ def outcome(test: ElementTree.Element) -> str:
 
 def try_python(environment: Environment, python: Path, _: Path) -> Tried:
     log = run_pytest(python, minutes=PYTHON_MINUTES)
-    say(f"Python {environment.python}: {log.last_line}")
+    say(f"{environment.name}: {log.last_line}")
     if not log.passed:
         say(log.text)
     version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
-    return Tried(DEFAULT_TESTS, version, {"pass": YES if log.passed else NO, "pytest": log.last_line}, log.passed)
+    title = f"{DEFAULT_TESTS}, the oldest packages" if environment is OLDEST_PACKAGES else DEFAULT_TESTS
+    return Tried(title, version, {"pass": YES if log.passed else NO, "pytest": log.last_line}, log.passed)
 
 
 # ---- The table
