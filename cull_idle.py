@@ -787,9 +787,7 @@ class Hub:
     and the certificates, but sends nothing itself, or it would follow redirects, keep cookies and look into .netrc.
     """
 
-    def __init__(
-        self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None, concurrency: int = 1
-    ) -> None:
+    def __init__(self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None) -> None:
         self.url = url
         self._headers = {
             "Authorization": f"token {token}",
@@ -798,7 +796,6 @@ class Hub:
         }
         self._timeout = request_timeout
         self._tls = tls
-        self._concurrency = concurrency  # so many connections are kept
         self.version: str | None = None  # of JupyterHub, as soon as it has said so
         self._rewritten: dict[str, bool] = {}
 
@@ -936,7 +933,7 @@ class Hub:
         if self.url.startswith("https:"):
             by_user = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
             verify, proxies = by_user["verify"], by_user["proxies"]
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=self._concurrency)
+        adapter = requests.adapters.HTTPAdapter()
         pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies, cert)
         adapter.cert_verify(pool, self.url, verify, cert)  # type: ignore[no-untyped-call]
         pool.ConnectionCls = punctual(pool.ConnectionCls)
@@ -1530,8 +1527,7 @@ class Culler:
         return result
 
     def _hub(self, token: str) -> Hub:
-        settings = self.settings
-        return Hub(settings.url, token, settings.request_timeout, settings.tls, settings.concurrency)
+        return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
 
     def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
         """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""

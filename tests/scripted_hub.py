@@ -409,6 +409,8 @@ class ScriptedHub:
         self.requests: list[Request] = []
         self.recording = True
         self.request_count = 0
+        self.connection_count = 0
+        self.connections_open = 0
         self.in_flight = 0
         self.in_flight_max = 0
         """The most DELETEs that were being handled at the same time."""
@@ -727,6 +729,8 @@ class _Listener(socketserver.TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(target=self._serve, args=(request, client_address), daemon=True)
         self._connections[thread] = request
+        self.hub.connection_count += 1
+        self.hub.connections_open = len(self._connections)
         thread.start()
 
     def _serve(self, request: Any, client_address: Any) -> None:
@@ -739,6 +743,7 @@ class _Listener(socketserver.TCPServer):
         finally:
             self.shutdown_request(request)
             self._connections.pop(threading.current_thread(), None)
+            self.hub.connections_open = len(self._connections)
 
 
 class _Connection(BaseHTTPRequestHandler):

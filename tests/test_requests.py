@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from conftest import Cull
 from scripted_hub import Reply, ScriptedHub, raw, redirect, respond
+
+import cull_idle
+from cull_idle import Hub, HubError
 
 LONG_AGO = 7230.0
 
@@ -144,6 +150,46 @@ def test_requests_in_flight_are_as_many_as_told(cull_scripted: Cull, scripted: S
     assert cull_scripted("--timeout", "1h", "--concurrency", "4").exit_code == 0
     assert scripted.in_flight_max == 4
     assert scripted.running() == set()
+
+
+def test_each_worker_keeps_its_connection(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    for index in range(200):
+        scripted.add(f"user-{index}", idle=LONG_AGO, stop_seconds=0.05)
+    assert cull_scripted("--timeout", "1h", "--concurrency", "20", "--api-page-size", "10").exit_code == 0
+    assert scripted.running() == set()
+    assert 10 < scripted.connection_count <= 20
+
+
+def test_connections_are_closed_with_the_pass(scripted: ScriptedHub) -> None:
+    with Hub(scripted.url, scripted.token, timedelta(seconds=9)) as hub:
+        hub.identity()
+        assert scripted.connections_open == 1
+    wait_until(lambda: scripted.connections_open == 0)
+    assert hub  # is still there, as it may be in a traceback
+
+
+def test_what_is_too_large_is_not_read_on(scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "LARGEST_BODY", 1000)
+    scripted.fault("GET", "/users", respond(200, b" " * 10_000_000))
+    with Hub(scripted.url, scripted.token, timedelta(seconds=9)) as hub:
+        with pytest.raises(HubError, match="the answer has more than") as failure:
+            hub.page(0, size=200, ready_only=True)
+        wait_until(lambda: scripted.connections_open == 0)
+    assert failure  # which still has the answer in its traceback
+
+
+def test_a_url_may_have_no_path(scripted: ScriptedHub) -> None:
+    scripted.fault("*", ".*", respond(404), times=None)
+    with Hub(scripted.url.removesuffix("/hub/api"), scripted.token, timedelta(seconds=9)) as hub:
+        hub.identity()
+    assert [request.target for request in scripted.requests] == ["/user"]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 9
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_an_answer_that_ends_with_its_connection_is_read_whole(cull_scripted: Cull, scripted: ScriptedHub) -> None:
