@@ -263,6 +263,8 @@ def user_facts(model: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
 
 def as_texts(value: object) -> tuple[str, ...]:
     """A JSON value, or the values of a list, as texts that a glob can match."""
+    if isinstance(value, str):
+        return (value,)
     values = value if isinstance(value, list) else [value]
     return tuple(each if isinstance(each, str) else str(each).lower() for each in values)
 
@@ -597,11 +599,11 @@ class Policies:
             *(by_rule(number, rule, users) if rule.keep else users for number, rule in enumerate(rules, 1)),
             users,
         ]
-        self._globs: dict[str, list[tuple[int, re.Pattern[str]]]] = {}
+        self._globs: dict[str, list[tuple[int, Callable[[str], object]]]] = {}
         self._all = self._of_users = (1 << len(rules) + 1) - 1
         for number, rule in enumerate(rules):
             for field, glob in rule.matches:
-                self._globs.setdefault(field, []).append((1 << number, glob))
+                self._globs.setdefault(field, []).append((1 << number, glob.match))
             if not rule.of_users:
                 self._of_users &= ~(1 << number)
         self._fields = list(self._globs)
@@ -629,8 +631,11 @@ class Policies:
 
     def _find_fitting(self, field: str, values: tuple[str, ...]) -> int:
         fitting = self._all
-        for bit, glob in self._globs[field]:
-            if not any(map(glob.match, values)):
+        for bit, fits in self._globs[field]:
+            for value in values:
+                if fits(value):
+                    break
+            else:
                 fitting &= ~bit
         return fitting
 
