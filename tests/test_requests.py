@@ -24,6 +24,7 @@ def test_the_token_is_in_one_header_of_each_request(cull_scripted: Cull, scripte
     assert len(scripted.requests) == 6
     for request in scripted.requests:
         assert request.headers["authorization"] == f"token {scripted.token}"
+        assert request.headers["user-agent"] == f"cull_idle/{cull_idle.__version__}"  # for the log of the Hub's proxy
         carried = [name for name, value in request.headers.items() if scripted.token in value]
         assert carried == ["authorization"]
         assert scripted.token not in request.target

@@ -129,6 +129,24 @@ def test_a_rule_sets_only_what_it_says(cull_scripted: Cull, scripted: ScriptedHu
     assert scripted.running() == {"cat"}
 
 
+@pytest.mark.parametrize(
+    ("limit", "culled"),
+    [
+        ("90m", ["ann: age, limit 1h30m by rule 1: user=* max-age=90m", "bob: idle, limit 1h"]),
+        ("0", ["bob: idle, limit 1h"]),
+        ("never", ["bob: idle, limit 1h"]),
+    ],
+)
+def test_a_rule_with_an_age_leaves_the_timeout(
+    cull_scripted: Cull, scripted: ScriptedHub, limit: str, culled: list[str]
+) -> None:
+    scripted.add("ann", idle=60, age=9 * HOUR)
+    scripted.add("bob", idle=IDLE, age=IDLE)
+    result = cull_scripted("--timeout=1h", "--max-age=8h", *rules(f"user=* max-age={limit}"))
+    found = [re.sub(r"(idle|age) \w+", r"\1", line) for line in result.lines[:-1]]
+    assert sorted(found) == [f"INFO     culled {what}" for what in culled]
+
+
 def test_a_rule_can_stop_what_the_options_would_keep(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=31 * 60)
     scripted.users["ann"].groups = ["gpu"]
@@ -212,8 +230,12 @@ def test_a_rule_on_a_field_of_the_user_that_is_not_shown_ends_the_pass(
     scripted.users["bob"].extra = extra
     result = cull_scripted("--timeout=1h", *rules(rule))
     assert result.exit_code == 3
+    field = rule.partition("=")[0]
     (line,) = result.lines
-    assert f"which the Hub does not show of bob; that takes the scope {scope}" in line
+    assert line == (
+        f"ERROR    a rule matches {field}=, which the Hub does not show of bob;"
+        f" that takes the scope {scope}, or a newer Hub"
+    )
     assert scripted.lines("DELETE") == []
 
 

@@ -146,6 +146,7 @@ def test_everything_is_listed_before_anything_is_stopped(cull_scripted: Cull, sc
         pytest.param({"offset": 2, "limit": 2}, id="the same page"),
         pytest.param({"offset": 0}, id="the first page"),
         pytest.param({"offset": -2}, id="negative"),
+        pytest.param({"offset": 7}, id="past the last user"),
         pytest.param({"offset": "4"}, id="text"),
         pytest.param({"offset": None}, id="null"),
         pytest.param({"offset": 4.5}, id="a fraction"),

@@ -93,8 +93,9 @@ def test_what_is_kept_for_another_reason_than_its_time_is_not_due_soon(
     assert soon(idle=50 * MINUTE, policy=POLICY._replace(**policy), **fields) is None
 
 
-def test_what_an_arbiter_will_say_nobody_knows_but_the_age_counts() -> None:
-    arbiter = Arbiter(lambda **_: False, frozenset())
+@pytest.mark.parametrize("says_now", [False, True])
+def test_what_an_arbiter_will_say_nobody_knows_but_the_age_counts(says_now: bool) -> None:
+    arbiter = Arbiter(lambda **_: says_now, frozenset())
     assert soon(idle=50 * MINUTE, policy=limited(arbiter=arbiter)) is None
     old = limited(max_age=8 * HOUR, arbiter=arbiter)
     assert soon(idle=50 * MINUTE, age=8 * HOUR - MINUTE, policy=old) == (MINUTE, "age 7h59m, limit 8h")
