@@ -288,7 +288,7 @@ def read_user(model: object) -> User:
     elif last_activity is None:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
-        doubt = doubt or "the Hub does not say whether it is an admin"
+        doubt = "the Hub does not say whether it is an admin"
     return User(model["name"], admin is not False, created, last_activity, read_servers(model), doubt, model)
 
 

@@ -95,6 +95,7 @@ def test_any_text_is_a_duration_or_a_sentence(text: str) -> None:
         ("2026-11-22T22:39:05+02:00", NOW),
         ("20261122T203905Z", NOW),
         ("2026-11-22T24:00Z", datetime(2026, 11, 23, tzinfo=UTC)),
+        ("2026-11-22T24:00+02:00", datetime(2026, 11, 22, 22, tzinfo=UTC)),
         (None, None),
     ],
 )
@@ -126,8 +127,9 @@ def test_any_text_is_a_moment_or_refused(text: str) -> None:
     assert moment.tzinfo
 
 
-def test_the_date_header_is_the_hubs_clock() -> None:
-    assert parse_http_date("Sun, 22 Nov 2026 20:39:05 GMT") == NOW
+@pytest.mark.parametrize("time", ["20:39:05 GMT", "20:39:05 -0000", "22:39:05 +0200"])
+def test_the_date_header_is_the_hubs_clock(time: str) -> None:
+    assert parse_http_date(f"Sun, 22 Nov 2026 {time}") == NOW
 
 
 @given(st.none() | st.text() | st.just("Sun, 22 Nov 2026 20:39:05 +999999999"))

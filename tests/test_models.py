@@ -94,6 +94,11 @@ def test_a_pending_user_whose_default_server_is_not_listed_has_a_pending_one() -
     assert [server[:7] for server in read_user(model).servers] == [("ann", "", False, "spawn", None, WHEN, "")]
 
 
+def test_a_pending_user_with_a_default_server_says_nothing_new_of_it() -> None:  # JupyterHub 0.9 and later
+    model = {**ANN, "pending": "stop", "servers": {"": {**SERVER, "pending": "stop"}}}
+    assert [server[:7] for server in read_user(model).servers] == [("ann", "", True, "stop", WHEN, WHEN, "")]
+
+
 def test_a_stopped_server_is_none() -> None:
     assert read_user({**ANN, "servers": {"": {**SERVER, "ready": False, "stopped": True}}}).servers == []
 
@@ -126,6 +131,7 @@ def test_a_server_that_is_not_an_object_is_in_doubt_and_not_ready(model: object)
         ({"created": 7}, "'7' is not a time"),
         ({"last_activity": None, "created": None}, "neither last_activity nor created is known"),
         ({"admin": None}, "does not say whether it is an admin"),
+        ({"created": 7, "admin": None}, "'7' is not a time"),
     ],
 )
 def test_a_user_who_is_not_understood_is_in_doubt(changes: dict[str, object], doubt: str) -> None:

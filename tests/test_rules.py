@@ -90,6 +90,8 @@ def left(cull: Cull, scripted: ScriptedHub, *texts: str, timeout: str = "1h") ->
         (["group=staff keep"], {"ann", "ann/gpu"}),
         (["group=st* group=gpu* keep"], {"ann", "ann/gpu"}),
         (["group=nobody keep"], set()),
+        (["group=Old keep"], {"ann", "ann/gpu"}),
+        (["group=old keep"], set()),
         (["admin=true keep"], {"bob"}),
         (["admin=false keep"], {"ann", "ann/gpu"}),
         (["option.profile=large keep"], {"ann/gpu"}),
@@ -113,7 +115,7 @@ def test_the_first_rule_whose_matches_all_hold_applies(
     scripted.scopes.append("admin:server_state")
     scripted.add("ann", idle=IDLE)
     scripted.add("ann", "gpu", idle=IDLE, user_options={"profile": "large", "gpus": 2, "spot": True})
-    scripted.users["ann"].groups = ["gpu-users", "staff"]
+    scripted.users["ann"].groups = ["gpu-users", "staff", "Old"]
     scripted.add("bob", idle=IDLE, extra={"state": {"pod": "big-7"}})
     scripted.users["bob"].admin = True
     for server in scripted.users["ann"].servers.values():
