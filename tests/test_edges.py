@@ -433,6 +433,15 @@ def test_no_second_look_is_later_than_the_scan_and_the_seconds_since() -> None:
     assert scan.not_after(WHEN + timedelta(seconds=5)) == WHEN + timedelta(seconds=5)
 
 
+def test_a_server_idle_for_exactly_a_step_is_counted_by_it() -> None:
+    times = {"started": WHEN.isoformat(), "last_activity": WHEN.isoformat()}
+    model = {"name": "ann", "servers": {"": {"ready": True, "pending": None, **times}}}
+    hour = timedelta(hours=1)
+    scan = Scan(settings_of(), idle_for={hour: 0, hour + timedelta(seconds=1): 0})
+    scan.add(Page([model], WHEN + hour, 0))
+    assert [*scan.idle_for.values()] == [1, 0]
+
+
 # The loop
 
 

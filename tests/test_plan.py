@@ -299,6 +299,7 @@ def bars_of(out: str) -> list[str]:
 def test_the_bars_count_the_running_servers_whatever_rules_say(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     idle_for(scripted, 0, 10 * 60, 30 * 60, HOUR, 2 * HOUR, 4 * HOUR, 8 * HOUR, DAY, 7 * DAY)
     scripted.add("user0", "starting", idle=9 * DAY, pending="spawn", ready=False)
+    scripted.add("user0", "odd", idle=9 * DAY, extra={"last_activity": None, "started": None})
     assert bars_of(cull_scripted("--dry-run", "--timeout=1d", "--rule=user=* keep").out) == [
         "    10m  ████████████████████████████████████████ 8",
         "    30m  ███████████████████████████████████ 7",
