@@ -200,6 +200,7 @@ def odd_hub(hub: RealHub) -> RealHub:
             ("ann", 60, {"": BUSY}),
             ("bob", 60, {**dict.fromkeys(["", "gpu", "a"], BUSY), **dict.fromkeys(ODD_SERVERS, IDLE)}),
             *((name, IDLE["idle_seconds"], {"": IDLE}) for name in ODD_USERS),
+            ("ann%2Fserver", IDLE["idle_seconds"], {}),  # has no server that would be tried first
         ]
     )
     return hub
@@ -234,6 +235,7 @@ def test_a_proxy_that_rewrites_paths_leads_to_nobody_else(
     }
     assert result.exit_code == 1
     assert f"a proxy on the way to {proxy.url} rewrites {code} in paths" in result.err
+    assert " gone " not in result.err  # nobody is, though the Hub knows no user called ann/server
 
 
 def assert_one_sentence(result: Result, part: str) -> None:

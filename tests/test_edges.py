@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,7 +19,9 @@ from cull_idle import (
     Culling,
     Hub,
     HubError,
+    Outcome,
     Page,
+    PassResult,
     Scan,
     Server,
     Settings,
@@ -440,6 +443,20 @@ def test_a_server_idle_for_exactly_a_step_is_counted_by_it() -> None:
     scan = Scan(settings_of(), idle_for={hour: 0, hour + timedelta(seconds=1): 0})
     scan.add(Page([model], WHEN + hour, 0))
     assert [*scan.idle_for.values()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "due", "said", "exit_code"),
+    [
+        ({}, 0, "9 running, 0 due in 1.3s", 0),
+        ({Outcome.CULLED: 2, Outcome.GONE: 1}, 3, "9 running, 3 due, 2 culled, 1 gone in 1.3s", 0),
+        ({Outcome.CULLED: 2}, 3, "9 running, 3 due, 2 culled, 1 left undone in 1.3s", 1),
+        ({Outcome.CULLED: 2, Outcome.FAILED: 1}, 3, "9 running, 3 due, 2 culled, 1 failed in 1.3s", 1),
+    ],
+)
+def test_a_pass_says_what_it_came_to(outcomes: dict[Outcome, int], due: int, said: str, exit_code: int) -> None:
+    result = PassResult(dry_run=False, listed=True, running=9, due=due, outcomes=Counter(outcomes), seconds=1.26)
+    assert (str(result), result.exit_code) == (said, exit_code)
 
 
 # The loop

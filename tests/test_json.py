@@ -383,6 +383,14 @@ def test_a_pass_that_failed_says_so_last(scripted: ScriptedHub, cull_scripted: C
     assert len(done.events) == done.total["culled"] == (1 if "--api-page-size=1" in failing.arguments else 0)
 
 
+def test_a_pass_without_a_list_counts_nothing(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    scripted.scopes.remove("list:users")
+    done = told(cull_scripted("--json", "-q", "--timeout=1h"))
+    counts = {name: count for name, count in done.total.items() if type(count) is int}
+    assert counts == dict.fromkeys(counts, 0)
+    assert counts.keys() >= {"running", "idle", "planned", "culled", "left_undone"}
+
+
 def test_a_pass_that_was_refused_leaves_the_rest_undone(scripted: ScriptedHub, cull_scripted: Cull) -> None:
     for number in range(4):
         scripted.add(f"user{number}", idle=LONG_AGO)
