@@ -263,10 +263,12 @@ def user_facts(model: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
 
 def as_texts(value: object) -> tuple[str, ...]:
     """A JSON value, or the values of a list, as texts that a glob can match."""
-    if isinstance(value, str):
-        return (value,)
-    values = value if isinstance(value, list) else [value]
-    return tuple(each if isinstance(each, str) else str(each).lower() for each in values)
+    return tuple(map(as_text, value)) if isinstance(value, list) else (as_text(value),)
+
+
+def as_text(value: object) -> str:
+    """A JSON value as a text: `true`, `7`."""
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def read_user(model: object) -> User:
@@ -632,7 +634,7 @@ class Policies:
     def _find_fitting(self, field: str, values: tuple[str, ...]) -> int:
         fitting = self._all
         for bit, fits in self._globs[field]:
-            for value in values:
+            for value in values:  # any() would take half as long again, for each server and rule
                 if fits(value):
                     break
             else:
