@@ -103,14 +103,16 @@ def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let tests/matrix.py choose the real Hub."""
+    """Let tests/by_hand/matrix.py choose the real Hub."""
     group = parser.getgroup("the real Hub")
     group.addoption("--hub-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "behaviour(name): the column of tests/matrix.py's table that the test is for")
+    config.addinivalue_line(
+        "markers", "behaviour(name): the column of tests/by_hand/matrix.py's table that the test is for"
+    )
     config.addinivalue_line("markers", "needs(feature, ...): those of hub.SINCE that the real Hub must have")
 
 

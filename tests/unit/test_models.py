@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cull_idle import Server, User, read_user
 
-RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("hub-*.json"))
+RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("hub-*.json"))
 
 
 def answer(recording: Path, request: str) -> Any:

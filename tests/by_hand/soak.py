@@ -1,6 +1,6 @@
 """Thousands of passes over a Hub that fails at random, and whether memory, open files or threads grow. By hand:
 
-    python tests/soak.py --passes 2000
+    python tests/by_hand/soak.py --passes 2000
 
 The Hub is a process of its own, so that what is measured is the program alone. It prints a table and exits with 1 if
 memory or files grew from the second quarter of the passes to the last.
@@ -37,7 +37,7 @@ from scripted_hub import (
     truncated,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import cull_idle  # noqa: E402

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 YES, NO, CANNOT = "yes", "**no**", "\N{EN DASH}"
 DEFAULT_TESTS = "all default ones"
 HUB_MINUTES, PYTHON_MINUTES = 5, 15  # after which a hanging run is ended
@@ -183,7 +183,7 @@ def try_hub(row: Row, python: Path, scratch: Path) -> Tried:
         f"--junitxml={report}",
         f"--hub-python={python}",
         *row.options,
-        "tests/test_real_hub.py",
+        "tests/real_hub/test_real_hub.py",
         minutes=HUB_MINUTES,
     )
     cells, versions = read_report(report)

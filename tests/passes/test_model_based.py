@@ -3,7 +3,7 @@
 Users come, go, are active again, are made anew, between passes and in the middle of them. A small oracle, independent
 of the program, tells from what the Hub knew at each request what might be stopped. By hand, at random and for longer:
 
-    EXAMPLES=2000 pytest tests/test_model_based.py
+    EXAMPLES=2000 pytest tests/passes/test_model_based.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job, on a real JupyterHub: the current one, or any since 0.6 that tests/matrix.py chooses.
+"""The main job, on a real JupyterHub: the current one, or any since 0.6 that tests/by_hand/matrix.py chooses.
 
 `behaviour` is a column of its table; a Hub without what a test `needs` gets a dash there.
 """

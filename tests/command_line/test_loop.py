@@ -14,7 +14,7 @@ import pytest
 from hub import RealHub
 from scripted_hub import ScriptedHub, normal, respond, then_do
 
-PROGRAM = Path(__file__).parent.parent / "cull_idle.py"
+PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 HOUR = 3600
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from hub import RealHub, full_name
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MINUTE, HOUR, DAY = 60, 3600, 24 * 3600
 
 

@@ -11,7 +11,7 @@ Left alone it answers as Hub 6.1.1 does. In a test:
 
 By itself it is a Hub with many servers, to measure against:
 
-    python tests/scripted_hub.py --servers 100000
+    python tests/helpers/scripted_hub.py --servers 100000
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure cull_idle.py side by side with jupyterhub-idle-culler, the reference, and print a Markdown table.
 
     pip install -e '.[test,bench]'
-    python tests/bench.py
+    python tests/by_hand/bench.py
 
 Both run as whole processes, in turn, with the same arguments, on the same Hub: a scripted one, or a real one.
 """
@@ -31,7 +31,7 @@ from reference import REFERENCE_ONCE
 if TYPE_CHECKING:
     from hub import RealHub
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONCURRENCY = 10
 PAGE_SIZE = 200
 ARGUMENTS = ["--timeout=3600", f"--concurrency={CONCURRENCY}", f"--api-page-size={PAGE_SIZE}"]
@@ -130,7 +130,7 @@ def run(command: Command, url: str = "", token: str = "") -> Run:
 
 def on_scripted_hub(command: Command, *options: str) -> Run:
     """Run a program against a scripted Hub in a new process of its own."""
-    script = [PYTHON, str(ROOT / "tests/scripted_hub.py"), "--token=bench", *options]
+    script = [PYTHON, str(ROOT / "tests/helpers/scripted_hub.py"), "--token=bench", *options]
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as hub:
         assert hub.stdout
         try:

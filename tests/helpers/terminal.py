@@ -18,7 +18,7 @@ import wcwidth
 from hub import RealHub
 from scripted_hub import ScriptedHub
 
-PROGRAM = Path(__file__).parent.parent / "cull_idle.py"
+PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 LOGGED_AT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 ROWS = 60  # more than any test needs, so that nothing is scrolled away
 
