@@ -38,6 +38,7 @@ from typing import Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 PREFIX = "/hub/api"
+LONG_AGO = 7230.0  # seconds idle: past a limit of two hours, and 30 s
 PAGINATION = "application/jupyterhub-pagination+json"
 DROP = object()
 """In an `extra`: the Hub leaves this key out."""

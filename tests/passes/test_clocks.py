@@ -7,9 +7,8 @@ from email.utils import format_datetime
 
 import pytest
 from conftest import Cull, Result
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, normal, then_do
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
 
-LONG_AGO = 7230.0
 HOUR = 3600.0
 
 OFF = [

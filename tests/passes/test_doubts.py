@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from conftest import Cull
-from scripted_hub import DROP, ScriptedHub, edited
+from scripted_hub import DROP, LONG_AGO, ScriptedHub, edited
 
-LONG_AGO = 7230.0
 GARBAGE: list[Any] = [5, "", "yesterday", "2026-13-45T99:99:99Z", "2026-11-22", [], {}]
 NO_BOOLEANS: list[Any] = [None, 1, "no", []]
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import Cull
 from scripted_hub import (
+    LONG_AGO,
     Answer,
     Exchange,
     Reply,
@@ -37,7 +38,6 @@ from scripted_hub import (
 
 import cull_idle
 
-LONG_AGO = 7230.0
 REQUEST_TIMEOUT = 0.4
 ENOUGH_TIME = 1.2  # for one request that times out and all others; seconds
 TRIES = 4

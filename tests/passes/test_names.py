@@ -12,11 +12,10 @@ from urllib.parse import quote, unquote
 import pytest
 from conftest import Cull
 from hub import RealHub, full_name
-from scripted_hub import PREFIX, ScriptedHub, edited, redirect, respond_json
+from scripted_hub import LONG_AGO, PREFIX, ScriptedHub, edited, redirect, respond_json
 
 import cull_idle
 
-LONG_AGO = 7230.0
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 ODD_NAMES = [
     pytest.param("alice?x", id="query"),

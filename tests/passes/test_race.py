@@ -7,11 +7,10 @@ import threading
 import pytest
 from conftest import Cull
 from hub import RealHub
-from scripted_hub import Answer, Exchange, ScriptedHub, then_do
+from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, then_do
 from test_loop import Running, Start
 from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
 
-LONG_AGO = 7230.0
 HOUR = 3600
 
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import Cull
-from scripted_hub import Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
-
-LONG_AGO = 7230.0
+from scripted_hub import LONG_AGO, Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
 
 
 def add_many(scripted: ScriptedHub, count: int, **fields: Any) -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import Cull
 from scripted_hub import (
     FROM_CLOCK,
+    LONG_AGO,
     Answer,
     Exchange,
     FakeServer,
@@ -30,7 +31,6 @@ from scripted_hub import (
     truncated,
 )
 
-LONG_AGO = 7230.0
 Change = Callable[[FakeServer], object]
 
 
