@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -36,7 +37,7 @@ class Said(NamedTuple):
 class Doubts(NamedTuple):
     """The line of the log about what is kept in doubt."""
 
-    count: int
+    number: int
     first: str  # "NAME: why"
 
 
@@ -67,8 +68,9 @@ class Result(NamedTuple):
     @property
     def doubts(self) -> Doubts:
         """How many are kept in doubt, and the first of them."""
-        (line,) = [match for match in map(DOUBTS.fullmatch, self.lines) if match] or [None]
-        return Doubts(int(line[1]), line[2]) if line else Doubts(0, "")
+        found = [Doubts(int(match[1]), match[2]) for match in map(DOUBTS.fullmatch, self.lines) if match]
+        assert len(found) <= 1
+        return found[0] if found else Doubts(0, "")
 
     @property
     def errors(self) -> list[str]:
@@ -145,7 +147,7 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     wait = threading.Event.wait
 
     def run(hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
-        steps = iter([*between, lambda: signal.raise_signal(signal.SIGTERM)])
+        steps: Iterator[Callable[[], object]] = iter([*between, partial(signal.raise_signal, signal.SIGTERM)])
         pauses: list[float] = []
         said: list[tuple[str, str]] = []
 
