@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import pytest
 from hub import RealHub
-from scripted_hub import ScriptedHub
+from scripted_hub import DROP, ScriptedHub
 
 import cull_idle
 
@@ -277,6 +277,8 @@ def cull_real(cull: Cull, hub: RealHub) -> Cull:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Ids that are the same in every process, so that several can share the tests."""
+    if val is DROP:
+        return "missing"
     if isinstance(val, set):
         return str(sorted(val)) if val else "nothing"
     return str(val) if isinstance(val, list) and all(isinstance(each, str) for each in val) else None

@@ -180,7 +180,7 @@ def test_servers_that_are_not_shown_are_one_server_in_doubt(servers: dict[str, o
     assert state_of(server) == ("ann", False, "", None, None, True)
 
 
-@pytest.mark.parametrize("admin", [DROP, None, 0, "no"], ids=lambda value: "missing" if value is DROP else None)
+@pytest.mark.parametrize("admin", [DROP, None, 0, "no"])
 def test_a_user_who_may_be_an_admin_counts_as_one(admin: object) -> None:
     model = {key: value for key, value in {**ANN, "servers": {}, "admin": admin}.items() if value is not DROP}
     assert read_user(model).admin
