@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from pathlib import Path
 
 import pytest
 from hub import RealHub
+from processes import Running, Start
+from program import Cull, Result
 from scripted_hub import ScriptedHub
+from settings import SettingsOf
 
 import cull_idle
-
-TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE)
-
-
-class Result(NamedTuple):
-    """What a run of the program came to."""
-
-    exit_code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        """The lines on stderr, without their timestamps."""
-        return TIMESTAMP.sub("", self.err).splitlines()
-
-    @property
-    def table(self) -> list[str]:
-        """What a dry run shows above the bars."""
-        return self.out.partition("\n\n")[0].splitlines()
-
-
-class Cull(Protocol):
-    """Runs the program."""
-
-    def __call__(self, *args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result: ...
 
 
 @pytest.fixture
@@ -90,6 +66,41 @@ def elsewhere() -> Iterator[ScriptedHub]:
     with ScriptedHub() as hub:
         yield hub
     assert hub.requests == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start `cull_idle.py --url HUB ARGS`, which is killed at the end if it still runs."""
+    started: list[Running] = []
+
+    def run(hub: RealHub | ScriptedHub, *args: str) -> Running:
+        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
+        started.append(Running(hub.url, token, *args, log=tmp_path / f"log{len(started)}"))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        assert "Traceback" not in each.said()
+
+
+@pytest.fixture
+def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
+    """Read the arguments and the environment as the program does, but do not cull."""
+    seen: list[cull_idle.Settings] = []
+
+    def run(culler: cull_idle.Culler) -> int:
+        seen.append(culler.settings)
+        return 0
+
+    monkeypatch.setattr(cull_idle.Culler, "run", run)
+
+    def settings(*args: str, env: Mapping[str, str] | None = None) -> cull_idle.Settings:
+        assert cull(*args, env=env).exit_code == 0
+        return seen.pop()
+
+    return settings
 
 
 @pytest.fixture

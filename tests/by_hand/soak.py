@@ -36,6 +36,7 @@ from scripted_hub import (
     respond,
     truncated,
 )
+from times import LONG_AGO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -43,7 +44,6 @@ sys.path.insert(0, str(ROOT))
 import cull_idle  # noqa: E402
 
 TOKEN = "scripted-token"
-LONG_AGO = 7230.0
 USERS = 60
 ALLOWED_MIB = 2.0
 FAULTS: list[Reply] = [

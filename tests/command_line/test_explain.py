@@ -7,14 +7,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
+from program import Cull, Result
 from scripted_hub import DROP, ScriptedHub
 from terminal import in_terminal
+from times import HOUR, LONG_AGO
 
-HOUR = 3600
 DAY = 24 * HOUR
-LONG_AGO = 2 * HOUR + 30  # what is written, "2h", does not depend on how long a test takes
 
 
 def facts(result: Result) -> dict[str, str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import TIMESTAMP, Cull
+from processes import PROGRAM
+from program import TIMESTAMP, Cull
 from scripted_hub import ScriptedHub, respond, respond_json
-from test_loop import PROGRAM
+from times import LONG_AGO
 
 import cull_idle
 
-LONG_AGO = 7230.0
 JOURNAL_STREAM = "{device}:{inode}"
 
 

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull
 from hub import RealHub
+from loop import WARN, Loop
+from processes import Start
+from program import Cull
+from readme_text import BLOCKS
 from scripted_hub import ScriptedHub, edited, respond, respond_json, then_do
-from test_loop import Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
-from test_readme import BLOCKS
-from test_warnings import Loop
+from times import NEARLY_DUE
 
 import cull_idle
 
-IDLE, NEARLY = 7290.0, 50 * 60.0 + 30  # seconds
-WARN = ("--timeout=1h", "--warn-before=15m")
+IDLE = 7290.0  # seconds
 TOKEN, OTHER_TOKEN = "7oken-of-the-f1le", "0ther-token-of-the-variable"
 
 
@@ -94,7 +93,7 @@ def test_it_is_run_for_each_server_warned_culled_and_stopping(
             ("ann", "gpu", {"idle_seconds": IDLE}),
             ("bob", "", {"idle_seconds": 90}),
             ("cat", "", {"idle_seconds": IDLE, "stop_seconds": 30}),
-            ("dan", "", {"idle_seconds": NEARLY}),
+            ("dan", "", {"idle_seconds": NEARLY_DUE}),
         ]
     )
     result = cull_real(*WARN, "--json", "--notify", recorder.command)
@@ -136,7 +135,7 @@ def test_it_is_run_for_what_failed_and_not_for_what_is_gone_or_spared(
 
 def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
     scripted.add("ann", idle=IDLE)
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     for more in ([], ["--json"]):
         assert cull_scripted("--dry-run", *WARN, "--notify", recorder.command, *more).exit_code == 0
     assert recorder.notices == []
@@ -189,7 +188,7 @@ def test_a_file_that_is_not_executable_is_refused_at_once(
 def test_the_variable_and_the_file_are_taken_as_well(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, tmp_path: Path
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     config = tmp_path / "config.toml"
     config.write_text(f"notify = {json.dumps(recorder.command + ' from-file')}\n")
     cull_scripted(*WARN, "--config", str(config))
@@ -212,7 +211,7 @@ ODD_NAMES = [
 
 def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
     for name in ODD_NAMES:
-        scripted.add(name, name[::-1], idle=NEARLY)
+        scripted.add(name, name[::-1], idle=NEARLY_DUE)
     result = cull_scripted(*WARN, "--notify", recorder.command)
     assert errors(result.lines) == []
     variables = {(notice.variables["user"], notice.variables["server"]) for notice in recorder.notices}
@@ -232,8 +231,8 @@ def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, 
 def test_a_name_that_no_variable_can_hold_is_one_line(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, name: str, shown: str, why: str
 ) -> None:
-    scripted.add("odd", idle=NEARLY)
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("odd", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY_DUE)
     scripted.fault(
         "GET", "/users", edited(lambda page: {**page, "items": [{**page["items"][0], "name": name}, page["items"][1]]})
     )
@@ -264,7 +263,7 @@ def test_no_token_is_in_its_environment_its_input_or_the_log(
     in_variable: str | None,
 ) -> None:
     scripted.token = TOKEN
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     monkeypatch.setenv("JPY_API_TOKEN", in_variable or TOKEN)
@@ -289,7 +288,7 @@ def test_no_token_is_in_its_environment_its_input_or_the_log(
 def test_the_token_of_the_variable_is_not_passed_on(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     monkeypatch.setenv("JPY_API_TOKEN", scripted.token)
     cull_scripted(*WARN, "--notify", recorder.command)
     assert scripted.token not in str(recorder.notices[0])
@@ -298,7 +297,7 @@ def test_the_token_of_the_variable_is_not_passed_on(
 def test_a_command_that_finds_the_token_and_tells_it_is_not_quoted(
     cull: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     file = tmp_path / "token"
     file.write_text(scripted.token)
     script = write_script(tmp_path / "tell", f'#!/bin/sh\necho "curl: token $(cat {file}) refused" >&2\nexit 22\n')
@@ -611,7 +610,7 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
     bin_.mkdir()
     write_script(bin_ / "mail", f"#!/bin/sh\nprintf '%s|' \"$@\" >> '{written}'\ncat >> '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
-    scripted.add("dan", "gpu", idle=NEARLY)
+    scripted.add("dan", "gpu", idle=NEARLY_DUE)
     scripted.add("ann", idle=IDLE)
     script = write_script(tmp_path / "script", example("mail -s"))
     result = cull_scripted(*WARN, "--notify", script)
@@ -632,7 +631,7 @@ def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
     bin_.mkdir()
     write_script(bin_ / "mail", f"#!/bin/sh\ncat > '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
-    scripted.add(name, idle=NEARLY)
+    scripted.add(name, idle=NEARLY_DUE)
     (error,) = errors(cull_scripted(*WARN, "--notify", write_script(tmp_path / "script", example("mail -s"))).lines)
     assert "exited with 1: " in error
     assert not written.exists()
@@ -654,7 +653,7 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scri
 def test_the_readmes_webhook_posts_everything(
     cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
 ) -> None:
-    scripted.add("dan", "gpu", idle=NEARLY)
+    scripted.add("dan", "gpu", idle=NEARLY_DUE)
     scripted.add('ünï "x"', idle=IDLE)
     scripted.add("bob", idle=IDLE)
     scripted.fault("DELETE", "/users/bob/server", respond(418))
@@ -677,6 +676,6 @@ def test_a_webhook_that_refuses_is_a_line_that_says_so(
 ) -> None:
     chat[0].fault("POST", "/hooks/xyz", respond(403))
     chat[0]._faults.reverse()
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     (error,) = errors(cull_scripted(*WARN, "--notify", chat[1]).lines)
     assert error.endswith("script exited with 1: urllib.error.HTTPError: HTTP Error 403: Forbidden")

@@ -8,12 +8,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
+from loop import Loop
+from program import Cull, Result
 from scripted_hub import Answer, Exchange, Reply, ScriptedHub, error, hang, raw, reset, respond, respond_json, then_do
-from test_warnings import Loop
 
-IDLE, NEARLY = 7290.0, 50 * 60.0 + 30  # seconds
+IDLE = 7290.0  # seconds
 QUIET = ("-q", "--timeout=1h")
 
 

@@ -6,12 +6,12 @@ from datetime import timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import Reply, ScriptedHub, done_but_lost, hang, redirect, reset, respond, respond_json, then_do
+from times import LONG_AGO
 
 import cull_idle
 
-LONG_AGO = 7230.0
 PAUSES = cull_idle.PAUSES
 TRIES = len(PAUSES) + 1
 

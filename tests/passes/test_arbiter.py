@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import ScriptedHub
 
 IDLE = 7230.0

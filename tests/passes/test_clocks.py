@@ -6,11 +6,9 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Cull, Result
+from program import Cull, Result
 from scripted_hub import Answer, Exchange, Reply, ScriptedHub, normal, then_do
-
-LONG_AGO = 7230.0
-HOUR = 3600.0
+from times import HOUR, LONG_AGO
 
 OFF = [
     pytest.param(timedelta(hours=2), id="2h ahead"),

@@ -10,8 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import DROP, ScriptedHub, and_do, edited, normal, reset, respond, respond_json, slow, then_do
+from times import LONG_AGO
 
 import cull_idle
 from cull_idle import (
@@ -33,7 +34,6 @@ from cull_idle import (
     read_user,
 )
 
-LONG_AGO = 7230.0
 MOMENT = "2026-11-22T20:00:00Z"
 WHEN = datetime(2026, 11, 22, 20, tzinfo=UTC)
 SERVER = {"last_activity": MOMENT, "started": MOMENT, "pending": None, "ready": True, "url": "/user/ann/"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import (
     Answer,
     Exchange,
@@ -34,10 +34,10 @@ from scripted_hub import (
     respond_json,
     user_model,
 )
+from times import LONG_AGO
 
 import cull_idle
 
-LONG_AGO = 7230.0
 REQUEST_TIMEOUT = 0.4
 ENOUGH_TIME = 1.2  # for one request that times out and all others; seconds
 TRIES = 4

@@ -1,7 +1,7 @@
 """The fuse: a pass that would cull too much culls nothing."""
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import ScriptedHub, normal, respond
 
 IDLE = 7230.0

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from urllib.parse import quote, unquote
 
 import pytest
-from conftest import Cull
 from hub import RealHub, full_name
+from program import Cull
 from scripted_hub import PREFIX, ScriptedHub, edited, redirect, respond_json
+from times import LONG_AGO
 
 import cull_idle
 
-LONG_AGO = 7230.0
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 ODD_NAMES = [
     pytest.param("alice?x", id="query"),

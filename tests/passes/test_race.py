@@ -5,14 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
-from conftest import Cull
 from hub import RealHub
+from processes import Running, Start
+from program import Cull
 from scripted_hub import Answer, Exchange, ScriptedHub, then_do
-from test_loop import Running, Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
-
-LONG_AGO = 7230.0
-HOUR = 3600
+from times import HOUR, LONG_AGO
 
 
 class Deletes:

@@ -9,13 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import Reply, ScriptedHub, raw, redirect, respond
+from times import LONG_AGO
 
 import cull_idle
 from cull_idle import Hub, HubError
-
-LONG_AGO = 7230.0
 
 
 def test_the_token_is_in_one_header_of_each_request(cull_scripted: Cull, scripted: ScriptedHub) -> None:

@@ -6,13 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import Cull
 from hub import RealHub
+from program import Cull
 from scripted_hub import DROP, ScriptedHub, respond, then_do
+from times import HOUR
 
 from cull_idle import NEVER, parse_rule
 
-HOUR = 3600
 IDLE = 2 * HOUR + 30
 
 

@@ -6,10 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
-
-LONG_AGO = 7230.0
+from times import LONG_AGO
 
 
 def add_many(scripted: ScriptedHub, count: int, **fields: Any) -> set[str]:

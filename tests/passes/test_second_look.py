@@ -8,7 +8,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from conftest import Cull
+from program import Cull
 from scripted_hub import (
     FROM_CLOCK,
     Answer,
@@ -29,8 +29,8 @@ from scripted_hub import (
     then_do,
     truncated,
 )
+from times import LONG_AGO
 
-LONG_AGO = 7230.0
 Change = Callable[[FakeServer], object]
 
 
