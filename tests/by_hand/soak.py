@@ -24,6 +24,7 @@ from statistics import median
 from typing import NamedTuple
 
 from scripted_hub import (
+    LONG_AGO,
     Reply,
     ScriptedHub,
     done_but_lost,
@@ -36,7 +37,6 @@ from scripted_hub import (
     respond,
     truncated,
 )
-from times import LONG_AGO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import click
 import pytest
-from program import Cull
+from conftest import Cull
 from settings import SettingsOf
 
 import cull_idle

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from program import Cull
+from conftest import Cull
 from settings import SettingsOf
 
 

@@ -7,11 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from conftest import Cull, Result
 from hub import RealHub
-from program import Cull, Result
-from scripted_hub import DROP, ScriptedHub
+from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub
 from terminal import in_terminal
-from times import HOUR, LONG_AGO
 
 DAY = 24 * HOUR
 

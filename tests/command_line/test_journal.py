@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from conftest import TIMESTAMP, Cull
 from processes import PROGRAM
-from program import TIMESTAMP, Cull
-from scripted_hub import ScriptedHub, respond, respond_json
-from times import LONG_AGO
+from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
 import cull_idle
 

@@ -17,11 +17,13 @@ from typing import IO, Any, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import pytest
+from conftest import TIMESTAMP, Cull, Result
 from hub import OtherBecomesActive, RealHub
 from processes import PROGRAM
-from program import TIMESTAMP, Cull, Result
 from readme_text import rows
 from scripted_hub import (
+    HOUR,
+    LONG_AGO,
     Answer,
     Exchange,
     Reply,
@@ -33,7 +35,6 @@ from scripted_hub import (
     slow,
     then_do,
 )
-from times import HOUR, LONG_AGO
 
 import cull_idle
 

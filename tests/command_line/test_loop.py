@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from hub import RealHub
 from processes import Start
-from scripted_hub import ScriptedHub, normal, respond, then_do
-from times import HOUR
+from scripted_hub import HOUR, ScriptedHub, normal, respond, then_do
 
 
 def test_the_first_pass_comes_at_once_and_the_next_after_cull_every(hub: RealHub, start: Start) -> None:

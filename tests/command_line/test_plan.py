@@ -8,13 +8,12 @@ from datetime import timedelta
 import click
 import pytest
 import wcwidth
+from conftest import Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
-from program import Cull
-from scripted_hub import ScriptedHub
+from scripted_hub import HOUR, ScriptedHub
 from terminal import in_pipe, in_terminal
-from times import HOUR
 
 import cull_idle
 

@@ -6,9 +6,8 @@ import re
 
 import pytest
 from hub import RealHub
-from scripted_hub import ScriptedHub, respond
+from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
 from terminal import Session, in_pipe, in_terminal
-from times import HOUR, LONG_AGO
 
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
 # A Hub that is busy may take its time.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
-from program import TIMESTAMP, Cull
+from conftest import TIMESTAMP, Cull
 from readme_text import BLOCKS, PYPROJECT, README, ROOT, rows, section
 from scripted_hub import ScriptedHub
 from settings import settings_from

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
-from program import Cull, Result
+from conftest import Cull, Result
 from scripted_hub import (
     LEAST_SCOPES,
     Reply,

@@ -9,10 +9,9 @@ import time
 from typing import NamedTuple
 
 import pytest
+from conftest import Cull
 from processes import Running, Start
-from program import Cull
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
-from times import LONG_AGO
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 
 IN_FLIGHT = 0.5  # seconds that a slow request still takes once the signal has come
 SOON = 2.0  # seconds, for all else that a process does to end

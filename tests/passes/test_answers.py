@@ -6,9 +6,19 @@ from datetime import timedelta
 from email.utils import format_datetime
 
 import pytest
-from program import Cull
-from scripted_hub import Reply, ScriptedHub, done_but_lost, hang, redirect, reset, respond, respond_json, then_do
-from times import LONG_AGO
+from conftest import Cull
+from scripted_hub import (
+    LONG_AGO,
+    Reply,
+    ScriptedHub,
+    done_but_lost,
+    hang,
+    redirect,
+    reset,
+    respond,
+    respond_json,
+    then_do,
+)
 
 import cull_idle
 

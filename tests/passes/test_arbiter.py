@@ -5,10 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import Cull
-from scripted_hub import ScriptedHub
-
-IDLE = 7230.0
+from conftest import Cull
+from scripted_hub import LONG_AGO, ScriptedHub
 
 # The example of jupyterhub-idle-culler's documentation, unchanged.
 DOCUMENTED = """
@@ -31,8 +29,8 @@ def test_the_references_documented_example_works(
 ) -> None:
     scripted.scopes.append("admin:server_state")
     arbiter.write_text(DOCUMENTED.replace("def ", f"{prefix}def ", 1))
-    scripted.add("ann", idle=IDLE, extra={"state": {"profile_name": "unlimited"}})
-    scripted.add("bob", idle=IDLE, extra={"state": {"profile_name": "small"}})
+    scripted.add("ann", idle=LONG_AGO, extra={"state": {"profile_name": "unlimited"}})
+    scripted.add("bob", idle=LONG_AGO, extra={"state": {"profile_name": "small"}})
     scripted.add("cat", idle=60, extra={"state": {"profile_name": "small"}})
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:my_cull_arbiter")
     assert result.exit_code == 0
@@ -77,8 +75,8 @@ def test_an_exception_keeps_that_server_and_is_reported(
     cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
 ) -> None:
     arbiter.write_text("def f(server): return 1 / (server['user_options']['x'])")
-    scripted.add("ann", idle=IDLE, user_options={"x": 0})
-    scripted.add("bob", idle=IDLE, user_options={"x": 1})
+    scripted.add("ann", idle=LONG_AGO, user_options={"x": 0})
+    scripted.add("bob", idle=LONG_AGO, user_options={"x": 1})
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
@@ -91,10 +89,10 @@ def test_an_arbiter_replaces_neither_max_age_nor_the_flags_nor_the_rules(
 ) -> None:
     arbiter.write_text("def f(user): return user['name'] != 'old'")
     scripted.add("old", idle=60, age=36_000)
-    scripted.add("ann", "gpu", idle=IDLE)
-    scripted.add("bob", idle=IDLE)
-    scripted.add("pat", idle=IDLE, pending="stop")
-    scripted.add("kim", idle=IDLE)
+    scripted.add("ann", "gpu", idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
+    scripted.add("pat", idle=LONG_AGO, pending="stop")
+    scripted.add("kim", idle=LONG_AGO)
     options = ["--max-age=9h", "--cull-named-servers=false", "--rule=user=kim keep"]
     cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f", *options)
     assert set(scripted.lines("DELETE")) == {"DELETE /users/old/server", "DELETE /users/bob/server"}
@@ -102,7 +100,7 @@ def test_an_arbiter_replaces_neither_max_age_nor_the_flags_nor_the_rules(
 
 def test_the_second_look_asks_the_arbiter_again(cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path) -> None:
     arbiter.write_text("asked = []\ndef f(): asked.append(1); return len(asked) == 1")
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
     assert scripted.running() == {"ann"}
     assert result.lines[0] == "INFO     spared ann: the arbiter says keep, idle 2h"

@@ -6,9 +6,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from program import Cull, Result
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, normal, then_do
-from times import HOUR, LONG_AGO
+from conftest import Cull, Result
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
+
+HOUR = 3600.0
 
 OFF = [
     pytest.param(timedelta(hours=2), id="2h ahead"),

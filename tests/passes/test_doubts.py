@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from program import Cull
-from scripted_hub import DROP, ScriptedHub, edited
-from times import LONG_AGO
+from conftest import Cull
+from scripted_hub import DROP, LONG_AGO, ScriptedHub, edited
 
 GARBAGE: list[Any] = [5, "", "yesterday", "2026-13-45T99:99:99Z", "2026-11-22", [], {}]
 NO_BOOLEANS: list[Any] = [None, 1, "no", []]

@@ -10,9 +10,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from program import Cull
-from scripted_hub import DROP, ScriptedHub, and_do, edited, normal, reset, respond, respond_json, slow, then_do
-from times import LONG_AGO
+from conftest import Cull
+from scripted_hub import (
+    DROP,
+    LONG_AGO,
+    ScriptedHub,
+    and_do,
+    edited,
+    normal,
+    reset,
+    respond,
+    respond_json,
+    slow,
+    then_do,
+)
 
 import cull_idle
 from cull_idle import (

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from program import Cull
+from conftest import Cull
 from scripted_hub import (
+    LONG_AGO,
     Answer,
     Exchange,
     Reply,
@@ -34,7 +35,6 @@ from scripted_hub import (
     respond_json,
     user_model,
 )
-from times import LONG_AGO
 
 import cull_idle
 

@@ -1,15 +1,13 @@
 """The fuse: a pass that would cull too much culls nothing."""
 
 import pytest
-from program import Cull
-from scripted_hub import ScriptedHub, normal, respond
-
-IDLE = 7230.0
+from conftest import Cull
+from scripted_hub import LONG_AGO, ScriptedHub, normal, respond
 
 
 def fill(scripted: ScriptedHub, *, due: int, busy: int) -> None:
     for number in range(due):
-        scripted.add(f"idle{number}", idle=IDLE)
+        scripted.add(f"idle{number}", idle=LONG_AGO)
     for number in range(busy):
         scripted.add(f"busy{number}", idle=60)
 
@@ -38,7 +36,7 @@ def test_a_pass_that_would_stop_more_stops_nothing_and_fails(
 def test_users_blow_the_fuse_as_well_and_then_no_server_is_stopped(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     fill(scripted, due=1, busy=7)
     for number in range(12):
-        scripted.add_user(f"gone{number}", idle=IDLE)
+        scripted.add_user(f"gone{number}", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", "--cull-users", "--max-culls=50%")
     assert result.exit_code == 1
     assert "13 of 20 users are due and --max-culls is 50%" in result.lines[0]

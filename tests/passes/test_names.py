@@ -10,10 +10,9 @@ from collections.abc import Callable
 from urllib.parse import quote, unquote
 
 import pytest
+from conftest import Cull
 from hub import RealHub, full_name
-from program import Cull
-from scripted_hub import PREFIX, ScriptedHub, edited, redirect, respond_json
-from times import LONG_AGO
+from scripted_hub import LONG_AGO, PREFIX, ScriptedHub, edited, redirect, respond_json
 
 import cull_idle
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import Cull
 from hub import RealHub
 from processes import Running, Start
-from program import Cull
-from scripted_hub import Answer, Exchange, ScriptedHub, then_do
-from times import HOUR, LONG_AGO
+from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, then_do
+
+HOUR = 3600
 
 
 class Deletes:

@@ -9,9 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from program import Cull
-from scripted_hub import Reply, ScriptedHub, raw, redirect, respond
-from times import LONG_AGO
+from conftest import Cull
+from scripted_hub import LONG_AGO, Reply, ScriptedHub, raw, redirect, respond
 
 import cull_idle
 from cull_idle import Hub, HubError

@@ -6,14 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from conftest import Cull
 from hub import RealHub
-from program import Cull
-from scripted_hub import DROP, ScriptedHub, respond, then_do
-from times import HOUR
+from scripted_hub import DROP, LONG_AGO, ScriptedHub, respond, then_do
 
 from cull_idle import NEVER, parse_rule
 
-IDLE = 2 * HOUR + 30
+HOUR = 3600
 
 
 @pytest.mark.parametrize(
@@ -113,10 +112,10 @@ def test_the_first_rule_whose_matches_all_hold_applies(
     cull_scripted: Cull, scripted: ScriptedHub, texts: Sequence[str], stays: set[str]
 ) -> None:
     scripted.scopes.append("admin:server_state")
-    scripted.add("ann", idle=IDLE)
-    scripted.add("ann", "gpu", idle=IDLE, user_options={"profile": "large", "gpus": 2, "spot": True})
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("ann", "gpu", idle=LONG_AGO, user_options={"profile": "large", "gpus": 2, "spot": True})
     scripted.users["ann"].groups = ["gpu-users", "staff", "Old"]
-    scripted.add("bob", idle=IDLE, extra={"state": {"pod": "big-7"}})
+    scripted.add("bob", idle=LONG_AGO, extra={"state": {"pod": "big-7"}})
     scripted.users["bob"].admin = True
     for server in scripted.users["ann"].servers.values():
         server.extra = {**server.extra, "state": {}}
@@ -125,7 +124,7 @@ def test_the_first_rule_whose_matches_all_hold_applies(
 
 def test_a_rule_sets_only_what_it_says(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=60, age=9 * HOUR)
-    scripted.add("bob", idle=IDLE, age=9 * HOUR)
+    scripted.add("bob", idle=LONG_AGO, age=9 * HOUR)
     scripted.add("cat", idle=60, age=HOUR)
     cull_scripted("--timeout=1h", "--max-age=8h", *rules("user=* timeout=3h"))
     assert scripted.running() == {"cat"}
@@ -143,7 +142,7 @@ def test_a_rule_with_an_age_leaves_the_timeout(
     cull_scripted: Cull, scripted: ScriptedHub, limit: str, culled: list[str]
 ) -> None:
     scripted.add("ann", idle=60, age=9 * HOUR)
-    scripted.add("bob", idle=IDLE, age=IDLE)
+    scripted.add("bob", idle=LONG_AGO, age=LONG_AGO)
     result = cull_scripted("--timeout=1h", "--max-age=8h", *rules(f"user=* max-age={limit}"))
     found = [re.sub(r"(idle|age) \w+", r"\1", line) for line in result.lines[:-1]]
     assert sorted(found) == [f"INFO     culled {what}" for what in culled]
@@ -169,7 +168,7 @@ def test_the_dry_run_names_the_rule_that_decided(cull_scripted: Cull, scripted: 
 
 
 def test_the_second_look_obeys_the_rules_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", then_do(lambda: setattr(scripted.users["ann"], "groups", ["staff"])))
     result = cull_scripted("--timeout=1h", *rules("group=staff keep"))
     assert scripted.running() == {"ann"}
@@ -177,10 +176,10 @@ def test_the_second_look_obeys_the_rules_too(cull_scripted: Cull, scripted: Scri
 
 
 def test_a_keep_rule_protects_the_user_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add_user("svc-1", idle=IDLE)
-    scripted.add_user("ann", idle=IDLE)
-    scripted.add_user("bob", idle=IDLE)
-    scripted.add("bob", "gpu", idle=IDLE, user_idle=IDLE)
+    scripted.add_user("svc-1", idle=LONG_AGO)
+    scripted.add_user("ann", idle=LONG_AGO)
+    scripted.add_user("bob", idle=LONG_AGO)
+    scripted.add("bob", "gpu", idle=LONG_AGO, user_idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", "--cull-users", *rules("user=svc-* keep", "server=gpu keep"))
     assert set(scripted.users) == {"svc-1", "bob"}
     assert result.exit_code == 0
@@ -191,7 +190,7 @@ def test_a_keep_rule_that_matches_something_of_a_server_keeps_no_user(
     cull_scripted: Cull, scripted: ScriptedHub, rule: str
 ) -> None:
     scripted.scopes.append("admin:server_state")
-    scripted.add_user("ann", idle=IDLE)
+    scripted.add_user("ann", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", "--cull-users", *rules(rule))
     assert (result.exit_code, set(scripted.users)) == (0, set())
 
@@ -211,7 +210,7 @@ def test_a_keep_rule_that_matches_something_of_a_server_keeps_no_user(
 def test_users_have_limits_of_their_own(
     cull_scripted: Cull, scripted: ScriptedHub, flags: list[str], left: set[str]
 ) -> None:
-    scripted.add("ann", idle=IDLE, user_idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO, user_idle=LONG_AGO)
     assert cull_scripted("--timeout=1h", "--cull-users", *flags).exit_code == 0
     assert scripted.running() == set()
     assert set(scripted.users) == left
@@ -227,8 +226,8 @@ def test_users_have_limits_of_their_own(
 def test_a_rule_on_a_field_of_the_user_that_is_not_shown_ends_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub, rule: str, scope: str, extra: dict[str, Any]
 ) -> None:
-    scripted.add("ann", idle=IDLE)
-    scripted.add("bob", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
     scripted.users["bob"].extra = extra
     result = cull_scripted("--timeout=1h", *rules(rule))
     assert result.exit_code == 3
@@ -248,7 +247,7 @@ def test_a_rule_on_a_field_of_the_server_that_is_not_shown_ends_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub, rule: str, scope: str
 ) -> None:
     scripted.fault("GET", "/user", respond(404), times=None)
-    scripted.add("ann", idle=IDLE, extra={"user_options": DROP, "state": DROP})
+    scripted.add("ann", idle=LONG_AGO, extra={"user_options": DROP, "state": DROP})
     result = cull_scripted("--timeout=1h", *rules(rule))
     assert result.exit_code == 3
     assert f"of ann; that takes the scope {scope}" in result.lines[0]
@@ -258,7 +257,7 @@ def test_a_rule_on_a_field_of_the_server_that_is_not_shown_ends_the_pass(
 def test_what_a_rule_needs_and_is_gone_at_the_second_look_ends_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", then_do(lambda: setattr(scripted.users["ann"], "extra", {"groups": DROP})))
     result = cull_scripted("--timeout=1h", *rules("group=gpu keep"))
     assert result.exit_code == 3
@@ -272,7 +271,7 @@ def test_what_a_rule_needs_and_is_gone_at_the_second_look_ends_the_pass(
 def test_a_scope_that_a_rule_needs_is_named_at_once_with_the_role(
     hub: RealHub, cull_real: Cull, rule: str, scope: str
 ) -> None:
-    hub.spawn("ann", idle_seconds=IDLE)
+    hub.spawn("ann", idle_seconds=LONG_AGO)
     result = cull_real("--timeout=1h", *rules(rule))
     assert result.exit_code == 3
     (line,) = result.lines
@@ -287,10 +286,10 @@ def test_rules_on_a_real_hub(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn_many(
         [
             ("gina", "", {"idle_seconds": 40 * 60 + 30}),
-            ("carl", "", {"idle_seconds": IDLE}),
+            ("carl", "", {"idle_seconds": LONG_AGO}),
             ("svc-bot", "", {"idle_seconds": 30 * 24 * HOUR}),
-            ("pete", "", {"idle_seconds": IDLE, "profile": "large"}),
-            ("pete", "small", {"idle_seconds": IDLE, "profile": "small"}),
+            ("pete", "", {"idle_seconds": LONG_AGO, "profile": "large"}),
+            ("pete", "small", {"idle_seconds": LONG_AGO, "profile": "small"}),
             ("zoe", "", {"idle_seconds": 40 * 60 + 30}),
         ]
     )

@@ -6,9 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from program import Cull
-from scripted_hub import Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
-from times import LONG_AGO
+from conftest import Cull
+from scripted_hub import LONG_AGO, Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
 
 
 def add_many(scripted: ScriptedHub, count: int, **fields: Any) -> set[str]:

@@ -8,9 +8,10 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from program import Cull
+from conftest import Cull
 from scripted_hub import (
     FROM_CLOCK,
+    LONG_AGO,
     Answer,
     Exchange,
     FakeServer,
@@ -29,7 +30,6 @@ from scripted_hub import (
     then_do,
     truncated,
 )
-from times import LONG_AGO
 
 Change = Callable[[FakeServer], object]
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TIMESTAMP, Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
-from loop import WARN, Loop
-from program import Cull
 from scripted_hub import ScriptedHub, normal, respond, respond_json, user_model
 from servers_and_policies import DURATIONS, HOUR, LIMITS, NOW, POLICY, SECOND, server
-from times import NEARLY_DUE
 
 import cull_idle
 from cull_idle import NEVER, ZERO, Arbiter, Limit, Policy, due_soon, judge_server
@@ -146,6 +145,9 @@ def test_it_is_culled_at_the_moment_that_is_told_and_not_before(
 
 # What a pass says
 
+ARGS = ("--timeout=1h", "--warn-before=15m")
+NEARLY = 50 * 60.0 + 30  # seconds; half a minute over, as in the tests of the real Hub
+
 
 def untimed(lines: list[str]) -> list[str]:
     return [re.sub(r" in \d+\.\ds$", "", line) for line in lines]
@@ -156,12 +158,12 @@ def test_it_is_reported_and_not_stopped_and_one_that_is_due_is_stopped_and_not_r
 ) -> None:
     hub.spawn_many(
         [
-            ("ann", "gpu", {"idle_seconds": NEARLY_DUE}),
+            ("ann", "gpu", {"idle_seconds": NEARLY}),
             ("bob", "", {"idle_seconds": 60}),
             ("cat", "", {"idle_seconds": 7290}),
         ]
     )
-    result = cull_real(*WARN)
+    result = cull_real(*ARGS)
     assert result.exit_code == 0
     assert hub.running() == {"ann/gpu", "bob"}
     warned, culled, summary = untimed(result.lines)
@@ -171,8 +173,8 @@ def test_it_is_reported_and_not_stopped_and_one_that_is_due_is_stopped_and_not_r
 
 
 def test_json_says_when_it_is_due(hub: RealHub, cull_real: Cull) -> None:
-    hub.spawn("ann", "gpu", idle_seconds=NEARLY_DUE)
-    result = cull_real(*WARN, "--json", "-q")
+    hub.spawn("ann", "gpu", idle_seconds=NEARLY)
+    result = cull_real(*ARGS, "--json", "-q")
     warned, summary = map(json.loads, result.out.splitlines())
     assert {key: warned[key] for key in ("event", "user", "server", "action", "outcome", "error")} == {
         "event": "server", "user": "ann", "server": "gpu", "action": "stop", "outcome": "warned", "error": None,
@@ -186,20 +188,20 @@ def test_json_says_when_it_is_due(hub: RealHub, cull_real: Cull) -> None:
 
 
 def test_each_run_of_once_reports_it(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY)
     for _ in range(2):
-        assert "warned ann: idle 50m" in cull_scripted(*WARN).err
+        assert "warned ann: idle 50m" in cull_scripted(*ARGS).err
 
 
 def test_a_dry_run_shows_it_in_the_table_and_in_json(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY)
     scripted.add("bob", idle=60)
     for more in ([], ["-v"]):
-        table = cull_scripted("--dry-run", *WARN, *more).table
+        table = cull_scripted("--dry-run", *ARGS, *more).table
         (row,) = (line for line in table if line.startswith("ann"))
         assert re.search(r"  warned: idle 50m\d\ds, limit 1h; due in 9m\d\ds$", row)
         assert table[-1] == "0 of 2 running servers would be stopped."
-    warned, summary = map(json.loads, cull_scripted("--dry-run", "--json", *WARN).out.splitlines())
+    warned, summary = map(json.loads, cull_scripted("--dry-run", "--json", *ARGS).out.splitlines())
     assert (warned["user"], warned["outcome"]) == ("ann", "warned")
     assert warned["due"]
     assert summary["event"] == "pass"
@@ -207,30 +209,30 @@ def test_a_dry_run_shows_it_in_the_table_and_in_json(cull_scripted: Cull, script
 
 def test_the_limit_of_a_rule_counts(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     for name in ("ann", "bob", "kept"):
-        scripted.add(name, idle=NEARLY_DUE)
-    result = cull_scripted(*WARN, "--rule=user=bob timeout=2h", "--rule=user=kept keep")
+        scripted.add(name, idle=NEARLY)
+    result = cull_scripted(*ARGS, "--rule=user=bob timeout=2h", "--rule=user=kept keep")
     assert re.findall(r"warned (\w+):", result.err) == ["ann"]
-    scripted.add("bob", idle=NEARLY_DUE + 3600)
-    result = cull_scripted(*WARN, "--rule=user=bob timeout=2h", "--rule=user=ann keep", "--rule=user=kept keep")
+    scripted.add("bob", idle=NEARLY + 3600)
+    result = cull_scripted(*ARGS, "--rule=user=bob timeout=2h", "--rule=user=ann keep", "--rule=user=kept keep")
     (line,) = (line for line in result.lines if "warned bob" in line)
     assert "bob: idle 1h50m, limit 2h by rule 1: user=bob timeout=2h; due in 9m" in line
 
 
 def test_a_server_on_two_pages_is_reported_once(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY)
     page = scripted.users["ann"], scripted.scopes
 
     def body(following: object) -> dict[str, object]:
         return {"items": [user_model(*page)], "_pagination": {"offset": 0, "limit": 1, "total": 2, "next": following}}
 
     scripted.fault("GET", "/users", respond_json(200, body({"offset": 1})), respond_json(200, body(None)))
-    assert cull_scripted(*WARN).err.count("warned ann") == 1
+    assert cull_scripted(*ARGS).err.count("warned ann") == 1
 
 
 def test_a_fuse_that_blows_does_not_keep_it_from_being_reported(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY)
     scripted.add("bob", idle=7230)
-    result = cull_scripted(*WARN, "--max-culls=0")
+    result = cull_scripted(*ARGS, "--max-culls=0")
     assert result.exit_code == 1
     assert "warned ann" in result.err
     assert scripted.running() == {"ann", "bob"}
@@ -252,13 +254,32 @@ def test_an_arbiter_that_fails_is_told_of_though_the_server_is_due_by_its_age(
 # In a loop
 
 
+class Loop:
+    """The passes of a loop, one at a time, and what each says."""
+
+    def __init__(self, hub: RealHub | ScriptedHub, capsys: pytest.CaptureFixture[str], *args: str) -> None:
+        ctx = cull_idle.make_command().make_context(cull_idle.PROGRAM, ["--url", hub.url, *ARGS, *args])
+        self.culler = cull_idle.Culler(cull_idle.Settings(**ctx.params), threading.Event())
+        self.capsys = capsys
+
+    def make_pass(self) -> list[str]:
+        cull_idle.open_log(self.culler.settings.level)  # where stderr is now
+        self.capsys.readouterr()
+        self.culler.report.result(self.culler.make_pass())
+        return TIMESTAMP.sub("", self.capsys.readouterr().err).splitlines()
+
+    def warned(self) -> list[str]:
+        """The servers that a pass warns of."""
+        return sorted(match[1] for line in self.make_pass() if (match := re.match(r"INFO +warned ([^:]+):", line)))
+
+
 @pytest.fixture
 def loop(scripted: ScriptedHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loop:
     """A loop on the scripted Hub, whose servers ann and bob will be due soon, a user on each page."""
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
     monkeypatch.setattr(cull_idle, "PAUSES", ())
-    scripted.add("ann", idle=NEARLY_DUE)
-    scripted.add("bob", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY)
+    scripted.add("bob", idle=NEARLY)
     return Loop(scripted, capsys, "--api-page-size=1", "-v")
 
 
@@ -266,13 +287,13 @@ def test_it_is_reported_once_until_it_was_active_and_is_idle_again(
     hub: RealHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", hub.culler_token)
-    hub.spawn_many([("ann", "", {"idle_seconds": NEARLY_DUE}), ("ann", "gpu", {"idle_seconds": NEARLY_DUE})])
+    hub.spawn_many([("ann", "", {"idle_seconds": NEARLY}), ("ann", "gpu", {"idle_seconds": NEARLY})])
     loop = Loop(hub, capsys)
     assert loop.warned() == ["ann", "ann/gpu"]
     assert loop.warned() == loop.warned() == []
     hub.touch("ann", "gpu")
     assert loop.warned() == []
-    hub.touch("ann", "gpu", idle_seconds=NEARLY_DUE)
+    hub.touch("ann", "gpu", idle_seconds=NEARLY)
     assert loop.warned() == ["ann/gpu"]
     assert loop.warned() == []
 
@@ -326,7 +347,7 @@ def test_a_pass_that_does_not_see_it_makes_no_other_report_of_it(
     assert loop.warned() == []
     scripted.resume()
     assert loop.warned() == []
-    scripted.add("ann", idle=NEARLY_DUE + 60)
+    scripted.add("ann", idle=NEARLY + 60)
     assert loop.warned() == ["ann"]
 
 
@@ -341,8 +362,8 @@ def test_nothing_is_remembered_of_what_is_over(loop: Loop, scripted: ScriptedHub
 
 
 def test_servers_whose_names_look_alike_are_told_apart(loop: Loop, scripted: ScriptedHub) -> None:
-    scripted.add("eve", "a\n", idle=NEARLY_DUE)
-    scripted.add("eve", r"a\n", idle=NEARLY_DUE + 60)
+    scripted.add("eve", "a\n", idle=NEARLY)
+    scripted.add("eve", r"a\n", idle=NEARLY + 60)
     assert loop.warned() == ["ann", "bob", r"eve/a\n", r"eve/a\n"]
     assert loop.warned() == []
 

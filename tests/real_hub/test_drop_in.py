@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import Cull
 from hub import RealHub, full_name
-from program import Cull
 from reference import REFERENCE_ONCE
 
 MINUTE, HOUR, DAY = 60, 3600, 86400

@@ -9,10 +9,10 @@ import threading
 from typing import Any
 
 import pytest
+from conftest import Cull
 from hub import OtherBecomesActive, RealHub, full_name, servers_of
-from program import Cull
-from times import HOUR
 
+HOUR = 3600
 # Half a minute over: what is written, whole minutes and rounded down, does not depend on how long a test takes.
 IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 90, "age_seconds": 20 * HOUR + 90}
