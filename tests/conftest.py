@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
 from hub import RealHub
+from processes import Running, Start
 from scripted_hub import DROP, ScriptedHub
+from settings import SettingsOf
 
 import cull_idle
 
@@ -214,6 +217,41 @@ def elsewhere() -> Iterator[ScriptedHub]:
     with ScriptedHub() as hub:
         yield hub
     assert hub.requests == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start `cull_idle.py --url HUB ARGS`; it is killed at the end if it still runs."""
+    started: list[Running] = []
+
+    def run(hub: RealHub | ScriptedHub, *args: str) -> Running:
+        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
+        started.append(Running(hub.url, token, *args, log=tmp_path / f"log{len(started)}"))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        assert "Traceback" not in each.said()
+
+
+@pytest.fixture
+def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
+    """Read the arguments and the environment as the program does, but cull nothing."""
+    seen: list[cull_idle.Settings] = []
+
+    def run(culler: cull_idle.Culler) -> int:
+        seen.append(culler.settings)
+        return 0
+
+    monkeypatch.setattr(cull_idle.Culler, "run", run)
+
+    def settings(*args: str, env: Mapping[str, str] | None = None) -> cull_idle.Settings:
+        assert cull(*args, env=env).exit_code == 0
+        return seen.pop()
+
+    return settings
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Options, where their values come from, and the help."""
 
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 import click
 import pytest
 from conftest import Cull
+from settings import SettingsOf
 
 import cull_idle
 from cull_idle import NEVER, Settings
@@ -14,25 +13,7 @@ from cull_idle import NEVER, Settings
 MINUTE = timedelta(minutes=1)
 
 
-@pytest.fixture
-def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the program would run with: call with arguments and an environment."""
-    seen: list[Settings] = []
-
-    def run(culler: cull_idle.Culler) -> int:
-        seen.append(culler.settings)
-        return 0
-
-    monkeypatch.setattr(cull_idle.Culler, "run", run)
-
-    def settings(*args: str, env: Mapping[str, str] | None = None) -> Settings:
-        assert cull(*args, env=env).exit_code == 0
-        return seen.pop()
-
-    return settings
-
-
-def test_the_defaults_are_the_references(settings_of: Any) -> None:
+def test_the_defaults_are_the_references(settings_of: SettingsOf) -> None:
     settings = settings_of()
     assert settings == Settings(
         timeout=10 * MINUTE,
@@ -101,16 +82,16 @@ def test_the_defaults_are_the_references(settings_of: Any) -> None:
         (["-q", "--log-level=info"], "level", "info"),
     ],
 )
-def test_an_option_sets_what_it_says(settings_of: Any, args: list[str], name: str, value: object) -> None:
+def test_an_option_sets_what_it_says(settings_of: SettingsOf, args: list[str], name: str, value: object) -> None:
     assert getattr(settings_of(*args), name) == value
 
 
 @pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
-def test_a_maximum_age_of_0_is_none(settings_of: Any, value: str) -> None:
+def test_a_maximum_age_of_0_is_none(settings_of: SettingsOf, value: str) -> None:
     assert settings_of(f"--max-age={value}").policies._servers[0].max_age.duration == NEVER
 
 
-def test_the_command_line_comes_before_the_environment_and_that_before_the_default(settings_of: Any) -> None:
+def test_the_command_line_comes_before_the_environment_and_that_before_the_default(settings_of: SettingsOf) -> None:
     env = {"CULL_IDLE_TIMEOUT": "1h", "CULL_IDLE_CULL_USERS": "true"}
     assert settings_of("--timeout=2h", env=env).timeout == 120 * MINUTE
     assert settings_of(env=env).timeout == 60 * MINUTE
@@ -118,7 +99,7 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_defau
     assert not settings_of("--cull-users=false", env=env).cull_users
 
 
-def test_the_hubs_own_variables_are_heeded_after_the_programs(settings_of: Any) -> None:
+def test_the_hubs_own_variables_are_heeded_after_the_programs(settings_of: SettingsOf) -> None:
     hubs = {"JUPYTERHUB_API_URL": "http://hub:8081/hub/api", "JUPYTERHUB_REQUEST_TIMEOUT": "90"}
     assert settings_of(env=hubs).url == "http://hub:8081/hub/api"
     assert settings_of(env=hubs).request_timeout == 1.5 * MINUTE
@@ -126,7 +107,7 @@ def test_the_hubs_own_variables_are_heeded_after_the_programs(settings_of: Any) 
     assert settings_of("--url=http://third/hub/api", env=hubs).url == "http://third/hub/api"
 
 
-def test_every_option_is_an_environment_variable(settings_of: Any) -> None:
+def test_every_option_is_an_environment_variable(settings_of: SettingsOf) -> None:
     values = {
         "TIMEOUT": "2h", "MAX_AGE": "3h", "CULL_DEFAULT_SERVERS": "no", "CULL_NAMED_SERVERS": "no",
         "REMOVE_NAMED_SERVERS": "yes", "CULL_USERS": "yes", "CULL_ADMIN_USERS": "no", "MAX_CULLS": "5%",
@@ -140,13 +121,15 @@ def test_every_option_is_an_environment_variable(settings_of: Any) -> None:
 
 
 @pytest.mark.parametrize("timeout", ["1s", "5m", "5m29s"])
-def test_a_timeout_below_the_hubs_activity_interval_is_warned_of(cull: Cull, settings_of: Any, timeout: str) -> None:
+def test_a_timeout_below_the_hubs_activity_interval_is_warned_of(
+    cull: Cull, settings_of: SettingsOf, timeout: str
+) -> None:
     (line,) = cull(f"--timeout={timeout}").lines
     assert line.startswith(f"WARNING  --timeout {timeout} may stop servers in use: ")
 
 
 @pytest.mark.parametrize("timeout", ["0", "5m30s", "1h", "never"])
-def test_other_timeouts_are_not_warned_of(cull: Cull, settings_of: Any, timeout: str) -> None:
+def test_other_timeouts_are_not_warned_of(cull: Cull, settings_of: SettingsOf, timeout: str) -> None:
     assert cull(f"--timeout={timeout}").err == ""
 
 

@@ -4,13 +4,10 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Cull
-from test_command_line import settings_of
-
-__all__ = ["settings_of"]
+from settings import SettingsOf
 
 
 @pytest.fixture
@@ -18,7 +15,9 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "cull.toml"
 
 
-def test_a_config_file_comes_after_the_environment_and_before_the_default(settings_of: Any, config: Path) -> None:
+def test_a_config_file_comes_after_the_environment_and_before_the_default(
+    settings_of: SettingsOf, config: Path
+) -> None:
     config.write_text('timeout = "1h"\nmax_age = 7200\ncull-every = 90\ncull_users = true\nconcurrency = 3\n')
     args = f"--config={config}"
     settings = settings_of(args)
@@ -33,7 +32,7 @@ def test_a_config_file_comes_after_the_environment_and_before_the_default(settin
     assert settings_of(env={"CULL_IDLE_CONFIG": str(config)}).concurrency == 3
 
 
-def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_of: Any, config: Path) -> None:
+def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_of: SettingsOf, config: Path) -> None:
     config.write_text('rule = ["group=gpu timeout=30m", "user=svc-* keep"]\n')
     in_file = settings_of(f"--config={config}")
     in_variable = settings_of(env={"CULL_IDLE_RULE": "group=gpu timeout=30m; user=svc-* keep; "})
@@ -77,7 +76,9 @@ def test_a_config_file_that_is_not_there_or_not_text(cull: Cull, config: Path) -
     assert f"{config} is not TOML" in cull(f"--config={config}").err
 
 
-def test_the_generated_file_uncommented_gives_the_defaults_back(cull: Cull, settings_of: Any, config: Path) -> None:
+def test_the_generated_file_uncommented_gives_the_defaults_back(
+    cull: Cull, settings_of: SettingsOf, config: Path
+) -> None:
     result = cull("--generate-config")
     assert (result.exit_code, result.err) == (0, "")
     assert tomllib.loads(result.out) == {}
@@ -86,7 +87,7 @@ def test_the_generated_file_uncommented_gives_the_defaults_back(cull: Cull, sett
     assert replace(settings_of(f"--config={config}"), config=None) == settings_of()
 
 
-def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: Any) -> None:
+def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: SettingsOf) -> None:
     out = cull("--generate-config").out
     named = set(re.findall(r"^##? ([\w-]+) = ", out, re.MULTILINE))
     assert named == {name.replace("_", "-") for name in vars(settings_of()) if name != "config"}
@@ -94,7 +95,7 @@ def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_settings_in_the_references_long_form_are_taken(settings_of: Any) -> None:
+def test_settings_in_the_references_long_form_are_taken(settings_of: SettingsOf) -> None:
     settings = settings_of("--IdleCuller.timeout=7200", "--IdleCuller.cull_users=true")
     assert settings.timeout.total_seconds() == 7200
     assert settings.cull_users

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import Cull, Result
 from hub import RealHub
-from scripted_hub import DROP, ScriptedHub
+from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub
 from terminal import in_terminal
 
-HOUR = 3600
 DAY = 24 * HOUR
-LONG_AGO = 2 * HOUR + 30  # what is written, "2h", does not depend on how long a test takes
 
 
 def facts(result: Result) -> dict[str, str]:

@@ -11,12 +11,11 @@ from typing import Protocol
 
 import pytest
 from conftest import TIMESTAMP, Cull
-from scripted_hub import ScriptedHub, respond, respond_json
-from test_loop import PROGRAM
+from processes import PROGRAM
+from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
 import cull_idle
 
-LONG_AGO = 7230.0
 JOURNAL_STREAM = "{device}:{inode}"
 
 

@@ -18,8 +18,12 @@ from unittest.mock import patch
 
 import pytest
 from conftest import TIMESTAMP, Cull, Result
-from hub import RealHub
+from hub import OtherBecomesActive, RealHub
+from processes import PROGRAM
+from readme_text import rows
 from scripted_hub import (
+    HOUR,
+    LONG_AGO,
     Answer,
     Exchange,
     Reply,
@@ -31,14 +35,9 @@ from scripted_hub import (
     slow,
     then_do,
 )
-from test_loop import PROGRAM
-from test_readme import rows
-from test_real_hub import OtherBecomesActive
 
 import cull_idle
 
-HOUR = 3600
-LONG_AGO = 7230.0
 IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 IDLE_USER = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
 

@@ -1,69 +1,15 @@
 """The loop, and what signals do to it: whole processes, and the pauses between passes."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hub import RealHub
-from scripted_hub import ScriptedHub, normal, respond, then_do
-
-PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
-HOUR = 3600
-
-
-class Running:
-    """A cull_idle.py that runs, and what it has said so far."""
-
-    def __init__(self, url: str, token: str, *args: str, log: Path) -> None:
-        self.log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "--url", url, *args],
-                env={**os.environ, "JUPYTERHUB_API_TOKEN": token},
-                stdout=output,
-                stderr=output,
-            )
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, self.said()
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.02)
-
-    def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(15)
-
-
-Start = Callable[..., Running]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start cull_idle.py with a Hub's URL, a token and arguments."""
-    started: list[Running] = []
-
-    def run(hub: RealHub | ScriptedHub, *args: str) -> Running:
-        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
-        started.append(Running(hub.url, token, *args, log=tmp_path / f"log{len(started)}"))
-        return started[-1]
-
-    yield run
-    for each in started:
-        each.process.kill()
-        each.process.wait()
-        assert "Traceback" not in each.said()
+from processes import Start
+from scripted_hub import HOUR, ScriptedHub, normal, respond, then_do
 
 
 def test_the_first_pass_comes_at_once_and_the_next_after_cull_every(hub: RealHub, start: Start) -> None:

@@ -15,16 +15,13 @@ from pathlib import Path
 import pytest
 from conftest import Cull, Result
 from hub import RealHub
+from processes import Start
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_hub import ScriptedHub, normal, respond, respond_json, then_do
-from test_loop import Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
-from test_readme import README, rows, section
+from readme_text import README, rows, section
+from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, respond, respond_json, then_do
 
 import cull_idle
 
-HOUR = 3600
-LONG_AGO = 7230.0
 OUTCOMES = ("culled", "stopping", "gone", "spared", "failed")
 OLD = """\
 # HELP cull_idle_passes_total Passes.

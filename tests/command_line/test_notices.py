@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull
+from conftest import Cull, RunLoop
 from hub import RealHub
-from scripted_hub import ScriptedHub, edited, respond, respond_json, then_do
-from test_loop import Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
-from test_readme import BLOCKS
-from test_warnings import Loop
+from processes import Start
+from readme_text import BLOCKS
+from scripted_hub import LONG_AGO, NEARLY_DUE, ScriptedHub, edited, respond, respond_json, then_do
 
 import cull_idle
 
-IDLE, NEARLY = 7290.0, 50 * 60.0 + 30  # seconds
 WARN = ("--timeout=1h", "--warn-before=15m")
 TOKEN, OTHER_TOKEN = "7oken-of-the-f1le", "0ther-token-of-the-variable"
 
@@ -91,10 +88,10 @@ def test_it_is_run_for_each_server_warned_culled_and_stopping(
 ) -> None:
     hub.spawn_many(
         [
-            ("ann", "gpu", {"idle_seconds": IDLE}),
+            ("ann", "gpu", {"idle_seconds": LONG_AGO}),
             ("bob", "", {"idle_seconds": 90}),
-            ("cat", "", {"idle_seconds": IDLE, "stop_seconds": 30}),
-            ("dan", "", {"idle_seconds": NEARLY}),
+            ("cat", "", {"idle_seconds": LONG_AGO, "stop_seconds": 30}),
+            ("dan", "", {"idle_seconds": NEARLY_DUE}),
         ]
     )
     result = cull_real(*WARN, "--json", "--notify", recorder.command)
@@ -112,7 +109,7 @@ def test_it_is_run_for_each_server_warned_culled_and_stopping(
 
 
 def test_it_is_run_for_a_user_who_is_deleted(hub: RealHub, cull_real: Cull, recorder: Recorder) -> None:
-    hub.add_user("ann", idle_seconds=IDLE, age_seconds=IDLE)
+    hub.add_user("ann", idle_seconds=LONG_AGO, age_seconds=LONG_AGO)
     cull_real("--timeout=1h", "--cull-users", "--notify", recorder.command, token=hub.user_culler_token)
     (notice,) = recorder.notices
     assert notice.variables == {"event": "culled", "user": "ann", "server": "", "due": ""}
@@ -123,7 +120,7 @@ def test_it_is_run_for_what_failed_and_not_for_what_is_gone_or_spared(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder
 ) -> None:
     for name in ("failing", "gone", "spared"):
-        scripted.add(name, idle=IDLE)
+        scripted.add(name, idle=LONG_AGO)
     scripted.fault("DELETE", "/users/failing/server", respond(418))
     scripted.fault("DELETE", "/users/gone/server", respond(404))
     scripted.fault("GET", "/users/spared", then_do(lambda: scripted.touch("spared")))
@@ -135,8 +132,8 @@ def test_it_is_run_for_what_failed_and_not_for_what_is_gone_or_spared(
 
 
 def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
-    scripted.add("ann", idle=IDLE)
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("dan", idle=NEARLY_DUE)
     for more in ([], ["--json"]):
         assert cull_scripted("--dry-run", *WARN, "--notify", recorder.command, *more).exit_code == 0
     assert recorder.notices == []
@@ -145,7 +142,7 @@ def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, reco
 def test_the_words_are_split_as_a_shell_would_and_no_shell_reads_them(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder
 ) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     words = r""" 'two words' one\ word "it's" '' $HOME "$HOME" `id` $(id) ; id & > x | * ~ # y"""
     assert cull_scripted("--timeout=1h", "--notify", recorder.command + words).exit_code == 0
     (notice,) = recorder.notices
@@ -189,7 +186,7 @@ def test_a_file_that_is_not_executable_is_refused_at_once(
 def test_the_variable_and_the_file_are_taken_as_well(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, tmp_path: Path
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     config = tmp_path / "config.toml"
     config.write_text(f"notify = {json.dumps(recorder.command + ' from-file')}\n")
     cull_scripted(*WARN, "--config", str(config))
@@ -212,7 +209,7 @@ ODD_NAMES = [
 
 def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
     for name in ODD_NAMES:
-        scripted.add(name, name[::-1], idle=NEARLY)
+        scripted.add(name, name[::-1], idle=NEARLY_DUE)
     result = cull_scripted(*WARN, "--notify", recorder.command)
     assert errors(result.lines) == []
     variables = {(notice.variables["user"], notice.variables["server"]) for notice in recorder.notices}
@@ -232,8 +229,8 @@ def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, 
 def test_a_name_that_no_variable_can_hold_is_one_line(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, name: str, shown: str, why: str
 ) -> None:
-    scripted.add("odd", idle=NEARLY)
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("odd", idle=NEARLY_DUE)
+    scripted.add("ann", idle=NEARLY_DUE)
     scripted.fault(
         "GET", "/users", edited(lambda page: {**page, "items": [{**page["items"][0], "name": name}, page["items"][1]]})
     )
@@ -264,7 +261,7 @@ def test_no_token_is_in_its_environment_its_input_or_the_log(
     in_variable: str | None,
 ) -> None:
     scripted.token = TOKEN
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     monkeypatch.setenv("JPY_API_TOKEN", in_variable or TOKEN)
@@ -289,7 +286,7 @@ def test_no_token_is_in_its_environment_its_input_or_the_log(
 def test_the_token_of_the_variable_is_not_passed_on(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     monkeypatch.setenv("JPY_API_TOKEN", scripted.token)
     cull_scripted(*WARN, "--notify", recorder.command)
     assert scripted.token not in str(recorder.notices[0])
@@ -298,7 +295,7 @@ def test_the_token_of_the_variable_is_not_passed_on(
 def test_a_command_that_finds_the_token_and_tells_it_is_not_quoted(
     cull: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     file = tmp_path / "token"
     file.write_text(scripted.token)
     script = write_script(tmp_path / "tell", f'#!/bin/sh\necho "curl: token $(cat {file}) refused" >&2\nexit 22\n')
@@ -333,7 +330,7 @@ BAD_ENDS = {
 def test_a_command_that_is_done_is_not_mentioned(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, script: str
 ) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     result = cull_scripted(
         "--timeout=1h", "-q", "--notify", write_script(tmp_path / "script", f"#!/bin/sh\n{script}\n")
     )
@@ -346,7 +343,7 @@ def test_a_command_that_is_done_is_not_mentioned(
 def test_a_command_that_fails_is_one_line_and_changes_nothing_else(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, script: str, end: str
 ) -> None:
-    scripted.add("ann", "gpu", idle=IDLE)
+    scripted.add("ann", "gpu", idle=LONG_AGO)
     path = tmp_path / "script"
     result = cull_scripted("--timeout=1h", "-q", "--notify", write_script(path, f"#!/bin/sh\n{script}\n"))
     assert result.exit_code == 0
@@ -382,7 +379,7 @@ def misname(path: Path) -> None:
 def test_a_command_that_cannot_be_run_any_more_is_one_line(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, spoil: Callable[[Path], None], why: str
 ) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     path = tmp_path / "script"
     script = write_script(path, "#!/bin/sh\n")
     scripted.fault("DELETE", ".*", then_do(lambda: spoil(path)))
@@ -397,7 +394,7 @@ def test_without_a_place_for_temporary_files_it_is_one_line(
     def refuse() -> None:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     result = cull_scripted("--timeout=1h", "-q", "--notify", recorder.command)
     assert result.exit_code == 0
@@ -409,7 +406,7 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.3)
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     fifo, path = tmp_path / "fifo", tmp_path / "script"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -437,7 +434,7 @@ def test_a_command_that_may_not_be_killed_is_left_alone(
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "killpg", refuse)
-        scripted.add("ann", idle=IDLE)
+        scripted.add("ann", idle=LONG_AGO)
         result = cull_scripted(
             "--timeout=1h", "-q", "--notify", write_script(tmp_path / "script", "#!/bin/sh\nsleep 60\n")
         )
@@ -452,7 +449,7 @@ def test_a_command_that_may_not_be_killed_is_left_alone(
 def test_what_a_command_leaves_running_is_not_waited_for(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, stream: str
 ) -> None:
-    scripted.add("ann", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     script = f"#!/bin/sh\n{{ cat '{fifo}' >&{stream}; }} &\n"  # until the end of the test
@@ -465,7 +462,7 @@ def test_failures_of_one_kind_are_counted_whatever_the_command_says_of_each(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
     for number in range(20):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
     path = tmp_path / "script"
     script = write_script(path, '#!/bin/sh\necho "no such address: $CULL_IDLE_USER" >&2\nexit 1\n')
     result = cull_scripted("--timeout=1h", "-q", "--notify", script)
@@ -476,7 +473,7 @@ def test_failures_of_one_kind_are_counted_whatever_the_command_says_of_each(
 
 def test_with_v_each_failure_has_a_line(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     for number in range(5):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
     assert cull_scripted("--timeout=1h", "-v", "--notify", "false").err.count("false exited with 1") == 6
 
 
@@ -485,7 +482,7 @@ def test_after_ten_that_were_late_no_other_is_begun(
 ) -> None:
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.05)
     for number in range(30):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", "-q", "--notify", "sleep 60")
     assert result.exit_code == 0
     assert scripted.running() == set()
@@ -533,7 +530,7 @@ def held(tmp_path: Path) -> Iterator[Held]:
 
 def test_four_run_at_a_time_while_culling_goes_on(cull_scripted: Cull, scripted: ScriptedHub, held: Held) -> None:
     for number in range(9):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
     begun: list[int] = []
 
     def look() -> None:
@@ -554,7 +551,7 @@ def test_a_signal_lets_those_that_run_finish_and_begins_no_other(
     scripted: ScriptedHub, start: Start, held: Held, once: list[str], exit_code: int
 ) -> None:
     for number in range(9):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
     culler = start(scripted, "--timeout=1h", *once, "--notify", held.command)
     culler.wait_for(lambda: culler.said().count("culled user") == 9 and held.count("begun") == 4)
     culler.process.send_signal(signal.SIGTERM)
@@ -575,23 +572,29 @@ def zombies() -> bool:
 
 
 def test_passes_leave_no_process_file_or_thread_behind(
-    scripted: ScriptedHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scripted: ScriptedHub, loop: RunLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.2)
     script = "#!/bin/sh\ncase $CULL_IDLE_USER in good) exit 0 ;; bad) exit 1 ;; late) sleep 60 ;; esac\n"
-    loop = Loop(scripted, capsys, "--notify", write_script(tmp_path / "script", script))
-    counts = []
-    for _ in range(3):
+    left = []
+
+    def add_servers() -> None:
         for name in ("good", "bad", "late", "nul\0"):
-            scripted.add(name, idle=IDLE)
-        assert len(errors(loop.make_pass())) == 3
+            scripted.add(name, idle=LONG_AGO)
+
+    def count() -> None:
         scripted.pause_listening()  # the Hub's files and threads do not count
         for thread in scripted._old_threads:
             thread.join(10)
-        counts.append((len(os.listdir("/dev/fd")), set(threading.enumerate())))  # noqa: PTH208
+        left.append((len(os.listdir("/dev/fd")), set(threading.enumerate())))  # noqa: PTH208
         scripted.resume()
-    assert counts[0] == counts[1] == counts[2]
+        add_servers()
+
+    add_servers()
+    command = write_script(tmp_path / "script", script)
+    done = loop(scripted, "--timeout=1h", "--notify", command, between=[count] * 3)
+    assert [len(each.errors) for each in done.passes] == [3] * 4
+    assert left[0] == left[1] == left[2]
     assert not zombies()
 
 
@@ -611,8 +614,8 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
     bin_.mkdir()
     write_script(bin_ / "mail", f"#!/bin/sh\nprintf '%s|' \"$@\" >> '{written}'\ncat >> '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
-    scripted.add("dan", "gpu", idle=NEARLY)
-    scripted.add("ann", idle=IDLE)
+    scripted.add("dan", "gpu", idle=NEARLY_DUE)
+    scripted.add("ann", idle=LONG_AGO)
     script = write_script(tmp_path / "script", example("mail -s"))
     result = cull_scripted(*WARN, "--notify", script)
     assert errors(result.lines) == []
@@ -632,7 +635,7 @@ def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
     bin_.mkdir()
     write_script(bin_ / "mail", f"#!/bin/sh\ncat > '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
-    scripted.add(name, idle=NEARLY)
+    scripted.add(name, idle=NEARLY_DUE)
     (error,) = errors(cull_scripted(*WARN, "--notify", write_script(tmp_path / "script", example("mail -s"))).lines)
     assert "exited with 1: " in error
     assert not written.exists()
@@ -654,18 +657,18 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scri
 def test_the_readmes_webhook_posts_everything(
     cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
 ) -> None:
-    scripted.add("dan", "gpu", idle=NEARLY)
-    scripted.add('ünï "x"', idle=IDLE)
-    scripted.add("bob", idle=IDLE)
+    scripted.add("dan", "gpu", idle=NEARLY_DUE)
+    scripted.add('ünï "x"', idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
     scripted.fault("DELETE", "/users/bob/server", respond(418))
-    scripted.add_user("eve", idle=IDLE)
+    scripted.add_user("eve", idle=LONG_AGO)
     result = cull_scripted(*WARN, "--cull-users", "--notify", chat[1])
     assert [line for line in errors(result.lines) if "notify" in line] == []
     texts = sorted(json.loads(request.body)["text"] for request in chat[0].requests)
     assert [re.sub(r"\d\ds", "…", text) for text in texts] == [
-        "culled eve: idle 2h01m, limit 1h",
-        'culled ünï "x": idle 2h01m, limit 1h',
-        'culled ünï "x": idle 2h01m, limit 1h',
+        "culled eve: idle 2h, limit 1h",
+        'culled ünï "x": idle 2h, limit 1h',
+        'culled ünï "x": idle 2h, limit 1h',
         "failed bob: the Hub answered 418",
         "warned dan/gpu: idle 50m…, limit 1h; due in 9m…",
     ]
@@ -677,6 +680,6 @@ def test_a_webhook_that_refuses_is_a_line_that_says_so(
 ) -> None:
     chat[0].fault("POST", "/hooks/xyz", respond(403))
     chat[0]._faults.reverse()
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     (error,) = errors(cull_scripted(*WARN, "--notify", chat[1]).lines)
     assert error.endswith("script exited with 1: urllib.error.HTTPError: HTTP Error 403: Forbidden")

@@ -12,12 +12,11 @@ from conftest import Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_hub import ScriptedHub
+from scripted_hub import HOUR, ScriptedHub
 from terminal import in_pipe, in_terminal
 
 import cull_idle
 
-HOUR = 3600
 DAY = 24 * HOUR
 LONG = "maximiliane@example.edu"
 CJK = "山田太郎と佐藤花子"

@@ -6,14 +6,12 @@ import re
 
 import pytest
 from hub import RealHub
-from scripted_hub import ScriptedHub, respond
+from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
 from terminal import Session, in_pipe, in_terminal
 
-HOUR = 3600
-LONG_AGO = 2 * HOUR + 90
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
 # A Hub that is busy may take its time.
-LINE = re.compile(r"(?:INFO     culled|WARNING  stopping) (\S+): idle 2h01m, limit 1h(?:; not down after \ds)?")
+LINE = re.compile(r"(?:INFO     culled|WARNING  stopping) (\S+): idle 2h, limit 1h(?:; not down after \ds)?")
 BAR = re.compile(r"^  \[#*-*\]  (\d+)/\d+(?:  [\d:]+)?$")
 
 
@@ -43,7 +41,7 @@ def test_a_bar_grows_below_the_log_and_tears_no_line_of_it(hub: RealHub, columns
     assert hub.running() == {"soon"}
     assert sorted(set(progress(session))) == list(range(len(NAMES) + 1))
     warned, *culled, summary = session.screen.log
-    assert warned.startswith("INFO     warned soon: idle 46m")
+    assert warned.startswith("INFO     warned soon: idle 45m")
     lines = [LINE.fullmatch(line) for line in culled]
     assert sorted(line[1] if line else "torn" for line in lines) == sorted(NAMES), culled
     assert re.fullmatch(r"INFO     pass: 12 running, 11 due, .*, 1 warned in \d+\.\ds", summary)
@@ -64,7 +62,7 @@ def test_the_bar_moves_also_where_nothing_is_said(scripted: ScriptedHub) -> None
     session = in_terminal(scripted, 80, "--timeout=1h")
     assert sorted(set(progress(session))) == list(range(13))
     first, others, summary = session.screen.log
-    assert re.fullmatch(r"ERROR    failed user\d+: idle 2h01m, limit 1h; the Hub answered 418", first)
+    assert re.fullmatch(r"ERROR    failed user\d+: idle 2h, limit 1h; the Hub answered 418", first)
     assert others == "ERROR    11 more failed in the same way: the Hub answered 418"
     assert "12 failed" in summary
 

@@ -8,18 +8,29 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import Cull, Result
+from conftest import Cull, Result, RunLoop
 from hub import RealHub
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, error, hang, raw, reset, respond, respond_json, then_do
-from test_warnings import Loop
+from scripted_hub import (
+    LONG_AGO,
+    Answer,
+    Exchange,
+    Reply,
+    ScriptedHub,
+    error,
+    hang,
+    raw,
+    reset,
+    respond,
+    respond_json,
+    then_do,
+)
 
-IDLE, NEARLY = 7290.0, 50 * 60.0 + 30  # seconds
 QUIET = ("-q", "--timeout=1h")
 
 
 def fill(scripted: ScriptedHub, due: int) -> None:
     for number in range(due):
-        scripted.add(f"user{number}", idle=IDLE)
+        scripted.add(f"user{number}", idle=LONG_AGO)
 
 
 def sentences(result: Result) -> list[str]:
@@ -34,9 +45,9 @@ def sentences(result: Result) -> list[str]:
 def test_nothing_is_said_of_what_is_culled_stopping_warned_spared_and_deleted(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn_many(
         [
-            ("ann", "gpu", {"idle_seconds": IDLE, "user_idle_seconds": IDLE, "user_age_seconds": IDLE}),
+            ("ann", "gpu", {"idle_seconds": LONG_AGO, "user_idle_seconds": LONG_AGO, "user_age_seconds": LONG_AGO}),
             ("bob", "", {"idle_seconds": 400}),
-            ("cat", "", {"idle_seconds": IDLE, "stop_seconds": 30}),
+            ("cat", "", {"idle_seconds": LONG_AGO, "stop_seconds": 30}),
         ]
     )
     args = ("-q", "--timeout=10m", "--warn-before=9m", "--cull-users", "--remove-named-servers", "--notify=true")
@@ -51,7 +62,7 @@ def test_nothing_is_said_where_nothing_is_due_or_something_is_in_doubt(
     cull_scripted: Cull, scripted: ScriptedHub, more: list[str]
 ) -> None:
     scripted.add("ann", idle=1, extra={"pending": 5, "ready": "who knows"})
-    scripted.add("gone", idle=IDLE)
+    scripted.add("gone", idle=LONG_AGO)
     scripted.fault("DELETE", "/users/gone/server", respond(404))
     result = cull_scripted(*QUIET, *more)
     assert (result.exit_code, result.out, result.err) == (0, "", "")
@@ -67,7 +78,7 @@ def test_2000_failures_of_one_kind_are_two_lines(cull_scripted: Cull, scripted: 
     result = cull_scripted(*QUIET)
     assert result.exit_code == 1
     first, more = sentences(result)
-    told = r"failed (user\d+): idle 2h01m, limit 1h; GET /users/\1: the Hub answered 500 \(disk full\)"
+    told = r"failed (user\d+): idle 2h, limit 1h; GET /users/\1: the Hub answered 500 \(disk full\)"
     assert re.fullmatch(told, first)
     assert more == "1999 more failed in the same way: GET /users/…: the Hub answered 500"
 
@@ -123,15 +134,11 @@ def test_with_v_each_failure_has_a_line(cull_scripted: Cull, scripted: ScriptedH
     assert {name for line in result.lines for name in re.findall(r"failed (user\d+): ", line)} == scripted.running()
 
 
-def test_each_pass_of_a_loop_counts_anew(
-    scripted: ScriptedHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
+def test_each_pass_of_a_loop_counts_anew(scripted: ScriptedHub, loop: RunLoop) -> None:
     fill(scripted, 5)
     scripted.fault("DELETE", ".*", respond(500), times=None)
-    loop = Loop(scripted, capsys, "-q")
-    for _ in range(2):
-        first, more = loop.make_pass()
+    for each in loop(scripted, *QUIET, between=[lambda: None]).passes:
+        first, more = each.lines
         assert first.startswith("ERROR    failed user")
         assert more.startswith("ERROR    4 more failed in the same way")
 
@@ -164,7 +171,7 @@ def test_a_hub_that_is_gone_ends_the_pass(
     method, make, words = GONE[how]
     fill(scripted, 200)
     for number in range(20):
-        scripted.add_user(f"empty{number}", idle=IDLE)
+        scripted.add_user(f"empty{number}", idle=LONG_AGO)
     scripted.fault(method, "/users/.*", make(scripted), times=None)
     last = max(10, 2 * concurrency)
     result = cull_scripted("--timeout=1h", "--cull-users", "--request-timeout=0.5", f"--concurrency={concurrency}")
@@ -182,19 +189,13 @@ def test_a_hub_that_is_gone_ends_the_pass(
     assert {user for user in scripted.users if user.startswith("empty")} == {f"empty{number}" for number in range(20)}
 
 
-def test_when_it_is_back_the_next_pass_does_the_rest(
-    scripted: ScriptedHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", scripted.token)
+def test_when_it_is_back_the_next_pass_does_the_rest(scripted: ScriptedHub, loop: RunLoop) -> None:
     fill(scripted, 50)
     scripted.fault("DELETE", "/users/user25/server", go_down(scripted))
-    loop = Loop(scripted, capsys, "--concurrency=1")
-    summary = loop.make_pass()[-1]
-    failed, undone = map(int, re.findall(r" 25 culled, (\d+) failed, (\d+) left undone ", summary)[0])
-    assert failed >= 10  # without pauses, a few more fail until that is seen
-    assert failed + undone == 25
-    scripted.resume()
-    loop.make_pass()
+    first, _ = loop(scripted, "--timeout=1h", "--concurrency=1", between=[scripted.resume]).passes
+    assert first.counts["culled"] == 25
+    assert first.counts["failed"] >= 10  # without pauses, a few more fail until that is seen
+    assert first.counts["failed"] + first.counts["left undone"] == 25
     assert scripted.running() == set()
 
 

@@ -12,20 +12,11 @@ from typing import Any, NamedTuple
 import click
 import pytest
 from conftest import TIMESTAMP, Cull
+from readme_text import BLOCKS, PYPROJECT, README, ROOT, rows, section
 from scripted_hub import ScriptedHub
+from settings import settings_from
 
 import cull_idle
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-
-
-class Block(NamedTuple):
-    """A block of code in the README."""
-
-    language: str
-    text: str
 
 
 class Row(NamedTuple):
@@ -35,34 +26,10 @@ class Row(NamedTuple):
     default: str
 
 
-def code_blocks() -> list[Block]:
-    found = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
-    return [Block(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
-
-
-BLOCKS = code_blocks()
-
-
 def blocks(*languages: str) -> list[Any]:
     chosen = [block for block in BLOCKS if block.language in languages]
     assert chosen, f"the README has no block of {languages}"
     return [pytest.param(block.text, id=f"{block.language}-{number}") for number, block in enumerate(chosen, 1)]
-
-
-def section(heading: str) -> str:
-    """What stands under a heading, up to the next one."""
-    _, _, rest = README.partition(f"# {heading}\n")
-    assert rest, f"the README has no heading {heading}"
-    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its first two rows."""
-    lines = [line for line in section(heading).splitlines() if line.startswith("|")]
-    return [
-        [cell.strip().strip("`").replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in lines[2:]
-    ]
 
 
 def sample(command: str) -> str:
@@ -85,11 +52,6 @@ def real_options() -> dict[str, list[Row]]:
         row = Row(record[0].replace(" [=", "[="), default[1] if default else "")
         found.setdefault(getattr(param, "heading", cull_idle.OUTPUT), []).append(row)
     return found
-
-
-def settings_from(*args: str) -> cull_idle.Settings:
-    ctx = cull_idle.make_command().make_context(cull_idle.PROGRAM, list(args))
-    return cull_idle.Settings(**ctx.params)
 
 
 def option_names() -> set[str]:

@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import pytest
 from conftest import Cull
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
-from test_loop import Running, Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
+from processes import Running, Start
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 
-LONG_AGO = 7230.0
 IN_FLIGHT = 0.5  # seconds that a slow request still takes once the signal has come
 SOON = 2.0  # seconds, for all else that a process does to end
 

@@ -38,7 +38,10 @@ from typing import Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 PREFIX = "/hub/api"
-LONG_AGO = 7230.0  # seconds idle: past a limit of two hours, and 30 s
+HOUR = 3600
+# Idle times in seconds. Half a minute over: messages round down to whole minutes, so a slow test reads the same text.
+LONG_AGO = 2 * HOUR + 30.0
+NEARLY_DUE = 50 * 60 + 30.0  # with a timeout of an hour
 PAGINATION = "application/jupyterhub-pagination+json"
 DROP = object()
 """In an `extra`: the Hub leaves this key out."""

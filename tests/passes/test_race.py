@@ -8,9 +8,8 @@ import threading
 import pytest
 from conftest import Cull
 from hub import RealHub
+from processes import Running, Start
 from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, then_do
-from test_loop import Running, Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
 
 HOUR = 3600
 

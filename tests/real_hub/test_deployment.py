@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from hub import RealHub
-from test_readme import BLOCKS, PYPROJECT, ROOT, section, settings_from
+from readme_text import BLOCKS, PYPROJECT, ROOT, section
+from settings import settings_from
 
 import cull_idle
 

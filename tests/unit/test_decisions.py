@@ -1,28 +1,14 @@
 """Which servers are stopped and which users deleted: pure decisions, as tables."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from servers_and_policies import DURATIONS, HOUR, LIMITS, NOW, POLICY, SECOND, server, user
 
-from cull_idle import NEVER, Limit, Policy, Server, User, judge_server, judge_user
-
-NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
-HOUR = timedelta(hours=1)
-SECOND = timedelta(seconds=1)
-POLICY = Policy(timeout=Limit(HOUR), max_age=Limit(NEVER))
-
-
-def server(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> Server:
-    started = None if age is None else NOW - age
-    return Server("ann", "", True, "", started, NOW - idle, "", {}, {})._replace(**fields)
-
-
-def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> User:
-    created = None if age is None else NOW - age
-    return User("ann", False, created, NOW - idle, [], "", {})._replace(**fields)
+from cull_idle import NEVER, Limit, Policy, Server, judge_server, judge_user
 
 
 @pytest.mark.parametrize(
@@ -97,10 +83,6 @@ def test_a_user_in_doubt_is_kept(fields: dict[str, Any]) -> None:
 
 def test_a_user_whom_a_rule_keeps_is_kept() -> None:
     assert not judge_user(user(), POLICY._replace(kept_by="rule 1"), NOW).cull
-
-
-DURATIONS = st.timedeltas(timedelta(days=-400), timedelta(days=400))
-LIMITS = st.builds(Limit, st.just(NEVER) | st.timedeltas(timedelta(0), timedelta(days=400)))
 
 
 @given(
