@@ -1989,9 +1989,12 @@ def metric_families(result: PassResult, last_success: float) -> Iterator[tuple[s
 def write_metrics(path: str, result: PassResult) -> None:
     """Write what node_exporter's textfile collector reads, whole or not at all. Counters go on from what is there.
 
+    Others may write to its folder: what they put there is neither followed nor overwritten.
     Raises OSError, or ValueError if it is another file.
     https://prometheus.io/docs/instrumenting/exposition_formats/
     """
+    import tempfile
+
     before = read_metrics(path)
     lines = []
     for name, meaning, samples in metric_families(result, before.get("cull_idle_last_success_timestamp_seconds", 0)):
@@ -2000,9 +2003,10 @@ def write_metrics(path: str, result: PassResult) -> None:
         for labels, value in samples.items():
             sample = f"cull_idle_{name}{labels}"
             lines.append(f"{sample} {round(value + (before.get(sample, 0) if counts else 0), 3)}")
-    unfinished = f"{path}.{os.getpid()}"
+    descriptor, unfinished = tempfile.mkstemp(prefix=".cull_idle-", dir=os.path.dirname(path) or ".")
     try:
-        with open(unfinished, "w") as file:
+        with open(descriptor, "w") as file:
+            os.fchmod(descriptor, 0o644)  # node_exporter runs as another user
             file.write("\n".join(lines) + "\n")
         os.replace(unfinished, path)
     except OSError:
