@@ -503,7 +503,7 @@ def load_arbiter(name: str) -> Arbiter:
             module = importlib.import_module(source)
         function = getattr(module, function_name)
         parameters = inspect.signature(function).parameters
-    except Exception as error:  # whatever a module of the administrator's raises
+    except (Exception, SystemExit) as error:  # whatever a module of the administrator's raises
         raise ValueError(f"{name!r} cannot be loaded: {type(error).__name__}: {shorten(str(error))}.") from None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return Arbiter(function, ARBITER_ARGUMENTS)
@@ -518,7 +518,7 @@ def arbitrate(server: Server, verdict: Verdict, limit: timedelta, arbiter: Arbit
         cull = arbiter(
             inactive=verdict.idle, inactive_limit=limit.total_seconds(), server=server.model, user=server.user_model
         )
-    except Exception as error:  # whatever a function of the administrator's raises
+    except BaseException as error:  # whatever a function of the administrator's raises; no signal raises anything here
         why = f"the arbiter failed: {type(error).__name__}: {shorten(str(error))}"
         return verdict._replace(because=why, doubt=True)
     idle = "" if verdict.idle is None else f", idle {format_duration(verdict.idle, units=2)}"
