@@ -2103,7 +2103,7 @@ class Notices:
                         os.killpg(process.pid, signal.SIGKILL)
                         process.wait()
                     return f"{command} was not done after {NOTICE_SECONDS}s, and is given up"
-                complaints.seek(max(complaints.seek(0, os.SEEK_END) - READ_SIZE, 0))
+                begin = complaints.seek(max(complaints.seek(0, os.SEEK_END) - READ_SIZE, 0))
                 words = complaints.read(READ_SIZE).decode(errors="replace")
         except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
             return f"{command} cannot be run: {shorten(str(getattr(error, 'strerror', None) or error))}"
@@ -2111,6 +2111,8 @@ class Notices:
             return ""
         for secret in self._secrets:
             words = words.replace(secret, "…")
+        if begin:  # perhaps in the middle of a token
+            words = words[max(map(len, self._secrets)) :]
         how = f"exited with {process.returncode}" if process.returncode > 0 else f"was killed ({-process.returncode})"
         *_, last = words.strip().splitlines() or ["no word of why"]  # of a traceback the last line says it
         return f"{command} {how}: {shorten(last)}"
