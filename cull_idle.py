@@ -2703,7 +2703,8 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
         sys.stdout = nowhere()  # or Python would try again
         sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE
-    click.echo(f"{'<3>' * goes_to_journal()}{PROGRAM}: {sentence}", err=True)
+    with contextlib.suppress(OSError):  # on a full disk the exit code is all that can tell
+        click.echo(f"{'<3>' * goes_to_journal()}{PROGRAM}: {sentence}", err=True)
     return exit_code
 
 
