@@ -1596,10 +1596,13 @@ def stop_signals() -> Iterator[threading.Event]:
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
 
+    def end(number: int, _frame: object) -> None:
+        os._exit(128 + number)
+
     def tell(*_: object) -> None:
         stop.set()
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
+        for number in signals:  # as PID 1, in a container, the kernel would ignore the default
+            signal.signal(number, end if os.getpid() == 1 else signal.SIG_DFL)
 
     for number in signals:
         signal.signal(number, tell)
