@@ -1206,6 +1206,27 @@ def patiently(task: Callable[[], T], stop: threading.Event) -> T:
     return task()
 
 
+def submit(workers: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
+    """Do a task in a thread of a pool, or in this one if the pool has to start another and the system gives none."""
+    from concurrent.futures import Future
+
+    future: Future[T] = Future()
+    claim = threading.Lock()
+
+    def do_once() -> None:
+        if claim.acquire(blocking=False):
+            try:
+                future.set_result(task())
+            except BaseException as error:
+                future.set_exception(error)
+
+    try:
+        workers.submit(do_once)
+    except RuntimeError:  # the pool may have queued it all the same
+        do_once()
+    return future
+
+
 class Fuse(NamedTuple):
     """How much one pass may cull."""
 
@@ -1293,7 +1314,7 @@ class Culling:
                 self.ended = True
             return event
 
-        for future in as_completed([workers.submit(work, due) for due in dues]):
+        for future in as_completed([submit(workers, partial(work, due)) for due in dues]):
             if event := future.result():
                 yield self._give_up(event)
 
@@ -2062,7 +2083,7 @@ class Notices:
     def send(self, facts: Mapping[str, Any]) -> None:
         """Run the command soon, unless told to stop before that, or many were not done in time."""
         name = printable(f"{facts['user']}/{facts['server']}" if facts["server"] else facts["user"])
-        self._running.append((name, self._workers.submit(self._run, facts)))
+        self._running.append((name, submit(self._workers, partial(self._run, facts))))
 
     def wait(self) -> Iterator[tuple[str, str]]:
         """Wait for all; yields what failed, as a sentence, and in which way."""
