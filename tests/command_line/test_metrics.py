@@ -320,8 +320,10 @@ def test_a_folder_that_does_not_exist_is_a_wrong_option(cull_scripted: Cull, tmp
 # How it is written
 
 
-def test_others_may_read_it(cull_measured: Cull, file: Path) -> None:
-    before = os.umask(0o022)
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_others_may_read_it(cull_measured: Cull, file: Path, umask: int) -> None:
+    """Whatever the umask: node_exporter runs as another user."""
+    before = os.umask(umask)
     try:
         cull_measured()
     finally:
@@ -347,6 +349,34 @@ def test_it_is_complete_before_it_has_its_name_and_until_then_has_one_that_no_co
     (unfinished,) = replaced
     assert unfinished.parent == file.parent
     assert unfinished.suffix != ".prom"
+
+
+def a_symlink(path: Path) -> None:
+    path.symlink_to(path.parents[1] / "precious")
+
+
+def a_file(path: Path) -> None:
+    path.write_text("precious")
+
+
+@pytest.mark.parametrize("make", [a_symlink, a_file, os.mkfifo], ids=["symlink", "file", "FIFO"])
+def test_what_others_put_where_its_temporary_file_might_be_is_left_alone(
+    cull_measured: Cull, file: Path, make: Callable[[Path], object]
+) -> None:
+    precious = file.parents[1] / "precious"
+    precious.write_text("precious")
+    in_the_way = file.with_name(f"{file.name}.{os.getpid()}")
+    make(in_the_way)
+    reader = os.open(in_the_way, os.O_RDONLY | os.O_NONBLOCK)  # who writes into the FIFO is not to hang the test
+    try:
+        before = in_the_way.lstat()
+        assert cull_measured().exit_code == 0
+        assert (in_the_way.lstat(), precious.read_text()) == (before, "precious")
+        assert file.is_file()
+        assert not file.is_symlink()
+        assert figures(file)["cull_idle_passes_total"] == 1
+    finally:
+        os.close(reader)
 
 
 @contextmanager

@@ -304,6 +304,20 @@ def test_a_command_that_finds_the_token_and_tells_it_is_not_quoted(
     assert scripted.token not in result.err
 
 
+@pytest.mark.parametrize("in_front", [1, 5, len(TOKEN) - 1])
+def test_a_token_of_which_only_the_end_is_read_is_not_quoted(
+    cull: Cull, scripted: ScriptedHub, tmp_path: Path, in_front: int
+) -> None:
+    scripted.token = TOKEN
+    scripted.add("dan", idle=NEARLY)
+    file, words = tmp_path / "token", tmp_path / "words"
+    file.write_text(TOKEN)
+    words.write_text(f"curl: {TOKEN}" + "x" * (cull_idle.READ_SIZE + in_front - len(TOKEN)))
+    script = write_script(tmp_path / "tell", f"#!/bin/sh\ncat '{words}' >&2\nexit 22\n")
+    result = cull("--once", "--url", scripted.url, *WARN, "--token-file", str(file), "--notify", script)
+    assert "exited with 22: xxx" in result.err
+
+
 # Commands that do not behave
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from scripted_hub import (
     respond_json,
     truncated,
 )
+from test_loop import PROGRAM
 
 import cull_idle
 
@@ -493,3 +495,35 @@ def test_a_proxy_that_is_down(cull_scripted: Cull, monkeypatch: pytest.MonkeyPat
     env = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "", "no_proxy": ""}
     result = cull_scripted("--url=https://hub.example.org/hub/api", env=env)
     assert_one_sentence(result, 3, "hub.example.org", "$HTTPS_PROXY", "ConnectionRefusedError")
+
+
+# A stderr that cannot be written
+
+
+@pytest.mark.parametrize(
+    ("args", "token", "exit_code"),
+    [
+        pytest.param(["--timeout=x"], TOKEN, 2, id="wrong option"),
+        pytest.param(["--token-file=/nowhere/token"], TOKEN, 2, id="no token"),
+        pytest.param(["-v"], "wrong", 3, id="token refused"),
+        pytest.param(["-v", "--max-culls=0"], TOKEN, 1, id="fuse blown"),
+        pytest.param(["-v"], TOKEN, 0, id="all done"),
+        pytest.param(["-v", "--dry-run"], TOKEN, 0, id="dry run"),
+    ],
+)
+def test_a_full_disk_under_stderr_changes_no_exit_code(
+    scripted: ScriptedHub, args: list[str], token: str, exit_code: int
+) -> None:
+    scripted.token = TOKEN
+    scripted.add("ann", idle=7230)
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.run(
+            [sys.executable, PROGRAM, "--once", "--url", scripted.url, "--timeout=1h", *args],
+            env={**os.environ, "JUPYTERHUB_API_TOKEN": token},
+            stdout=subprocess.PIPE,
+            stderr=full,
+            check=False,
+            timeout=30,
+        )
+    assert process.returncode == exit_code
+    assert scripted.running() == (set() if exit_code == 0 and "--dry-run" not in args else {"ann"})

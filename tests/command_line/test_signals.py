@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import Cull
-from processes import Running, Start
+from processes import PROGRAM, Running, Start
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 
 IN_FLIGHT = 0.5  # seconds that a slow request still takes once the signal has come
@@ -161,6 +165,41 @@ def test_the_loops_pause_ends_with_the_signal(
     assert culler.process.returncode == 0
     assert culler.said().endswith("told to stop\n")
     assert scripted.lines() == before
+
+
+# As PID 1, which the kernel spares from each signal that it does not handle: a container without an init
+
+AS_PID_1 = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def can_be_pid_1() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*AS_PID_1, "true"], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_be_pid_1(), reason="no process may become PID 1 here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_pid_1_at_once(scripted: ScriptedHub, number: signal.Signals) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", ".*", hang(), times=None)
+    outer = subprocess.Popen(
+        [*AS_PID_1, sys.executable, PROGRAM, "--url", scripted.url, "--timeout=1h"],
+        env={**os.environ, "JUPYTERHUB_API_TOKEN": scripted.token},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not scripted.lines("DELETE"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (inner,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        os.kill(int(inner), number)
+        time.sleep(0.3)
+        assert outer.poll() is None
+        os.kill(int(inner), number)
+        assert outer.wait(SOON) == 128 + number
+    finally:
+        outer.kill()
+        outer.communicate()
 
 
 # In this process

@@ -140,3 +140,50 @@ def test_a_text_that_names_no_arbiter_gets_a_sentence(cull: Cull, name: str) -> 
     assert len(result.lines) == 1
     assert "--arbiter" in result.err
     assert f"'{name}'" in result.err
+
+
+# An arbiter that ends the program
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "raise SystemExit", "raise asyncio.CancelledError"])
+@pytest.mark.parametrize("prefix", ["", "async "])
+def test_an_arbiter_that_tries_to_end_the_program_has_failed(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, prefix: str, end: str
+) -> None:
+    source = f"{prefix}def f(user):\n    if user['name'] == 'ann': {end}\n    return True"
+    arbiter.write_text(f"import asyncio, sys\n{source}\n")
+    scripted.add("ann", idle=IDLE)
+    scripted.add("bob", idle=IDLE)
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert result.exit_code == 0
+    assert scripted.running() == {"ann"}
+    assert "kept 1 in doubt" in result.err
+
+
+def test_an_arbiter_that_tries_to_end_the_program_in_the_second_look_has_failed(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
+) -> None:
+    arbiter.write_text(
+        "import sys\nasked = []\n"
+        "def f(user): asked.append(user['name']); return asked.count('ann') < 2 or user['name'] != 'ann' or sys.exit(0)"
+    )
+    scripted.add("ann", idle=IDLE)
+    scripted.add("bob", idle=IDLE)
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert result.exit_code == 0
+    assert scripted.running() == {"ann"}
+    assert "spared ann" in result.err
+    assert "culled bob" in result.err
+
+
+@pytest.mark.parametrize("source", ["import sys; sys.exit(0)", "raise SystemExit('bye')"])
+def test_an_arbiter_that_tries_to_end_the_program_while_it_is_loaded_gets_a_sentence(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, source: str
+) -> None:
+    arbiter.write_text(source)
+    result = cull_scripted(f"--arbiter={arbiter}:f")
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert "--arbiter" in line
+    assert "SystemExit" in line
+    assert scripted.requests == []

@@ -9,9 +9,11 @@ from __future__ import annotations
 import gzip
 import re
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -371,3 +373,36 @@ def test_a_fault_keeps_what_is_in_doubt_and_nothing_else(
     if case.fault != "connection refused" and case.expected.errors:
         assert calls["faults"] == (TRIES if case.retried else 1)
     assert calls["faults"]
+
+
+# No more threads
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_all_that_is_due_is_done_by_the_threads_there_are(
+    cull: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int
+) -> None:
+    names = [f"user{number}" for number in range(30)]
+    for name in names:
+        scripted.add(name, idle=LONG_AGO)
+    started: list[threading.Thread] = []
+    really_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if "ThreadPool" in thread.name:
+            if len(started) >= threads:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        really_start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    notified = tmp_path / "notified"
+    notify = f"--notify=sh -c 'echo $CULL_IDLE_USER >> {notified}'"
+    args = ["--once", "--url", scripted.url, "--timeout=1h", "--cull-users", notify]
+    result = cull(*args, token=scripted.token)
+    assert result.exit_code == 0
+    assert len(started) == threads
+    assert scripted.users == {}
+    deletes = Counter(scripted.lines("DELETE"))
+    assert deletes == Counter([f"DELETE /users/{name}{what}" for name in names for what in ("", "/server")])
+    assert sorted(notified.read_text().split()) == sorted(2 * names)
