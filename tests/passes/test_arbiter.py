@@ -152,8 +152,8 @@ def test_an_arbiter_that_tries_to_end_the_program_has_failed(
 ) -> None:
     source = f"{prefix}def f(user):\n    if user['name'] == 'ann': {end}\n    return True"
     arbiter.write_text(f"import asyncio, sys\n{source}\n")
-    scripted.add("ann", idle=IDLE)
-    scripted.add("bob", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
@@ -167,8 +167,8 @@ def test_an_arbiter_that_tries_to_end_the_program_in_the_second_look_has_failed(
         "import sys\nasked = []\n"
         "def f(user): asked.append(user['name']); return asked.count('ann') < 2 or user['name'] != 'ann' or sys.exit(0)"
     )
-    scripted.add("ann", idle=IDLE)
-    scripted.add("bob", idle=IDLE)
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}

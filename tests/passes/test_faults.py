@@ -316,7 +316,7 @@ def elsewhere() -> Iterator[str]:
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0,) * (TRIES - 1))
     monkeypatch.setattr(cull_idle, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(cull_idle, "LARGEST_BODY", MEBIBYTE)
+    monkeypatch.setattr(cull_idle, "LARGEST_LIST", MEBIBYTE)
 
 
 @pytest.fixture
