@@ -1841,7 +1841,11 @@ def goes_to_journal() -> bool:
 
 def format_time(moment: datetime) -> str:
     """A moment as programs read it: `2026-11-22T20:14:03Z`."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    try:
+        moment = moment.astimezone(UTC)
+    except OverflowError:  # in UTC it is before the year 1, or after 9999
+        return moment.isoformat(timespec="seconds")
+    return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def pass_facts(result: PassResult, url: str) -> dict[str, object]:
@@ -2237,7 +2241,7 @@ def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
     left = limit.duration - max(now - since, ZERO)
     if left >= datetime(LAST_YEAR, 1, 1, tzinfo=UTC) - now:
         return f"{text}, not reached"
-    at = format_time(now + left)
+    at = format_time(min(since, now) + limit.duration)
     return f"{text}, not reached before {at}, in {format_duration(left)}" if left > ZERO else f"{text}, reached at {at}"
 
 
@@ -2305,7 +2309,7 @@ def read_command(_ctx: click.Context, _param: click.Parameter, value: str | None
         words = tuple(shlex.split(value))
     except ValueError as error:
         raise click.BadParameter(f"{shorten(value)!r}: {error}.") from None
-    if not words or not shutil.which(words[0]):
+    if not words or "\0" in value or not shutil.which(words[0]):
         raise click.BadParameter(f"{shorten(words[0] if words else value)!r} is no program that can be run.")
     return words
 
@@ -2344,11 +2348,18 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     except ValueError as error:
         raise click.BadParameter(f"{path} is not TOML: {shorten(str(error))}.", ctx, param) from None
     names = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("callback") is not read_config}
-    ctx.default_map = {name.replace("-", "_"): value for name, value in values.items()}
+    paths = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("type") is PATH}
+    # As texts, as they come from the command line and the environment: click's types are made for these.
+    ctx.default_map = {
+        name.replace("-", "_"): [*as_texts(value)] if isinstance(value, list) else as_text(value)
+        for name, value in values.items()
+    }
     if unknown := [name for name in values if name.replace("-", "_") not in names]:
         raise click.BadParameter(f"{path} has a key {shorten(unknown[0], 40)!r}, which is no option.", ctx, param)
     if wrong := [n for n, v in values.items() if isinstance(v, dict) or (isinstance(v, list) and n != "rule")]:
         raise click.BadParameter(f"{path}: {wrong[0]} must be one value, not a table or a list.", ctx, param)
+    if wrong := [n for n, v in values.items() if n.replace("-", "_") in paths and not isinstance(v, str)]:
+        raise click.BadParameter(f"{path}: {wrong[0]} must be a text in quotes.", ctx, param)
     return path
 
 
@@ -2409,7 +2420,17 @@ def boolean(heading: str, help: str, default: str) -> Any:
     return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
 
 
-PATH = click.Path()
+class FilePath(click.Path):
+    """A path that the system can take."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse NUL, for which os.stat raises ValueError."""
+        if "\0" in value:
+            self.fail(f"{shorten(value)!r} is no path: it contains NUL.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = FilePath()
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
 
 
@@ -2722,6 +2743,8 @@ def main(args: list[str] | None = None) -> int:
         sentence, exit_code = error.format_message(), Exit.USAGE
     except CullError as error:
         sentence, exit_code = str(error), error.exit_code
+    except click.Abort:  # SIGINT before stop_signals: an arbiter is loaded
+        sentence, exit_code = "told to stop", Exit.UNDONE
     except ModuleNotFoundError as error:
         sentence, exit_code = f"the Python module {error.name} is missing (README: install)", Exit.USAGE
     except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
