@@ -1496,14 +1496,16 @@ class Culler:
         self.settings = settings
         self.stop = stop
         self.report = Report(settings, stop)
+        self._token = ""
+        self._no_token = ""  # why the last one could not be read again
         self._scopes_checked = False
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
-        """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
-        token = read_token(self.settings.token_file)
+        """Make one pass, or passes until told to stop. The first token must be readable."""
+        self._token = read_token(self.settings.token_file)  # once, or a pipe would be empty
         if self.settings.explain is not None:
-            with self._hub(token) as hub:
+            with self._hub(self._token) as hub:
                 self._check_scopes(hub)
                 show_reasons(explain(hub, self.settings, self.settings.explain))
             return Exit.DONE
@@ -1522,7 +1524,8 @@ class Culler:
             interval = self.settings.interval.total_seconds()
             pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
             self.report.result(result, None if self.stop.is_set() else pause)
-            self.stop.wait(pause)
+            if not self.stop.wait(pause):
+                self._read_token_again()
         self.report.say("info", "told to stop")
         return Exit.DONE
 
@@ -1532,8 +1535,7 @@ class Culler:
         settings, report = self.settings, self.report
         result = PassResult(settings.dry_run)
         try:
-            token = read_token(settings.token_file)
-            with self._hub(token) as hub:
+            with self._hub(self._token) as hub:
                 self._check_scopes(hub)
                 scan = Scan(settings, report.keep, idle_for=dict.fromkeys(settings.idle_steps, 0))
                 scan_hub(hub, scan, self.stop)
@@ -1544,7 +1546,7 @@ class Culler:
                 if settings.dry_run:
                     report.plan(scan)
                 else:
-                    with report.culling(result.due, token):
+                    with report.culling(result.due, self._token):
                         for event in self._events(hub, scan):
                             result.count(event)
                             report.event(event)
@@ -1553,6 +1555,15 @@ class Culler:
         result.seconds = time.monotonic() - began
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
+
+    def _read_token_again(self) -> None:
+        """Go on with the last token while none can be read: a pipe is empty, a file is being replaced."""
+        try:
+            self._token, self._no_token = read_token(self.settings.token_file), ""
+        except UsageError as error:
+            if str(error) != self._no_token:
+                self.report.say("warning", f"{error} The last token is used.")
+            self._no_token = str(error)
 
     def _hub(self, token: str) -> Hub:
         return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
@@ -1585,14 +1596,38 @@ class Culler:
             check_scopes(identity, self.settings)
 
 
+TOKEN_SECONDS = 5  # to wait for what writes into a pipe
+
+
+def read_soon(path: str) -> bytes:
+    """Read a small file, or a pipe until its writers close it. Raises OSError, also if that takes long."""
+    import errno
+    import select
+
+    content, deadline = b"", time.monotonic() + TOKEN_SECONDS
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would wait for a writer
+    try:
+        readable = select.poll()
+        readable.register(descriptor, select.POLLIN)
+        while len(content) < READ_SIZE:
+            if not readable.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise TimeoutError(errno.ETIMEDOUT, f"nothing wrote to this pipe and closed it within {TOKEN_SECONDS}s")
+            part = os.read(descriptor, READ_SIZE)
+            if not part:
+                break
+            content += part
+    finally:
+        os.close(descriptor)
+    return content
+
+
 def read_token(path: str | None) -> str:
     """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
     try:
         token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
         if path:
-            with open(path) as file:
-                token = file.read()
+            token = read_soon(path).decode()
     except OSError as error:
         raise UsageError(
             f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
