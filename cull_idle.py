@@ -1475,14 +1475,16 @@ class Culler:
         self.settings = settings
         self.stop = stop
         self.report = Report(settings, stop)
+        self._token = ""
+        self._no_token = ""  # why the last one could not be read again
         self._scopes_checked = False
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
-        """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
-        token = read_token(self.settings.token_file)
+        """Make one pass, or passes until told to stop. The first token must be readable."""
+        self._token = read_token(self.settings.token_file)  # once, or a pipe would be empty
         if self.settings.explain is not None:
-            with self._hub(token) as hub:
+            with self._hub(self._token) as hub:
                 self._check_scopes(hub)
                 show_reasons(explain(hub, self.settings, self.settings.explain))
             return Exit.DONE
@@ -1501,7 +1503,8 @@ class Culler:
             interval = self.settings.interval.total_seconds()
             pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
             self.report.result(result, None if self.stop.is_set() else pause)
-            self.stop.wait(pause)
+            if not self.stop.wait(pause):
+                self._read_token_again()
         self.report.say("info", "told to stop")
         return Exit.DONE
 
@@ -1511,8 +1514,7 @@ class Culler:
         settings, report = self.settings, self.report
         result = PassResult(settings.dry_run)
         try:
-            token = read_token(settings.token_file)
-            with self._hub(token) as hub:
+            with self._hub(self._token) as hub:
                 self._check_scopes(hub)
                 scan = Scan(settings, report.keep, idle_for=dict.fromkeys(settings.idle_steps, 0))
                 scan_hub(hub, scan, self.stop)
@@ -1523,7 +1525,7 @@ class Culler:
                 if settings.dry_run:
                     report.plan(scan)
                 else:
-                    with report.culling(result.due, token):
+                    with report.culling(result.due, self._token):
                         for event in self._events(hub, scan):
                             result.count(event)
                             report.event(event)
@@ -1532,6 +1534,15 @@ class Culler:
         result.seconds = time.monotonic() - began
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
+
+    def _read_token_again(self) -> None:
+        """Go on with the last token while none can be read: a pipe is empty, a file is being replaced."""
+        try:
+            self._token, self._no_token = read_token(self.settings.token_file), ""
+        except UsageError as error:
+            if str(error) != self._no_token:
+                self.report.say("warning", f"{error} The last token is used.")
+            self._no_token = str(error)
 
     def _hub(self, token: str) -> Hub:
         return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
@@ -1564,14 +1575,38 @@ class Culler:
             check_scopes(identity, self.settings)
 
 
+TOKEN_SECONDS = 5  # to wait for what writes into a pipe
+
+
+def read_soon(path: str) -> bytes:
+    """Read a small file, or a pipe until its writers close it. Raises OSError, also if that takes long."""
+    import errno
+    import select
+
+    content, deadline = b"", time.monotonic() + TOKEN_SECONDS
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would wait for a writer
+    try:
+        readable = select.poll()
+        readable.register(descriptor, select.POLLIN)
+        while len(content) < READ_SIZE:
+            if not readable.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise TimeoutError(errno.ETIMEDOUT, f"nothing wrote to this pipe and closed it within {TOKEN_SECONDS}s")
+            part = os.read(descriptor, READ_SIZE)
+            if not part:
+                break
+            content += part
+    finally:
+        os.close(descriptor)
+    return content
+
+
 def read_token(path: str | None) -> str:
     """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
     try:
         token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
         if path:
-            with open(path) as file:
-                token = file.read()
+            token = read_soon(path).decode()
     except OSError as error:
         raise UsageError(
             f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
@@ -1817,7 +1852,11 @@ def goes_to_journal() -> bool:
 
 def format_time(moment: datetime) -> str:
     """A moment as programs read it: `2026-11-22T20:14:03Z`."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    try:
+        moment = moment.astimezone(UTC)
+    except OverflowError:  # in UTC it is before the year 1, or after 9999
+        return moment.isoformat(timespec="seconds")
+    return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def pass_facts(result: PassResult, url: str) -> dict[str, object]:
@@ -2207,7 +2246,7 @@ def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
     left = limit.duration - max(now - since, ZERO)
     if left >= datetime(LAST_YEAR, 1, 1, tzinfo=UTC) - now:
         return f"{text}, not reached"
-    at = format_time(now + left)
+    at = format_time(min(since, now) + limit.duration)
     return f"{text}, not reached before {at}, in {format_duration(left)}" if left > ZERO else f"{text}, reached at {at}"
 
 
@@ -2275,7 +2314,7 @@ def read_command(_ctx: click.Context, _param: click.Parameter, value: str | None
         words = tuple(shlex.split(value))
     except ValueError as error:
         raise click.BadParameter(f"{shorten(value)!r}: {error}.") from None
-    if not words or not shutil.which(words[0]):
+    if not words or "\0" in value or not shutil.which(words[0]):
         raise click.BadParameter(f"{shorten(words[0] if words else value)!r} is no program that can be run.")
     return words
 
@@ -2314,11 +2353,18 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     except ValueError as error:
         raise click.BadParameter(f"{path} is not TOML: {shorten(str(error))}.", ctx, param) from None
     names = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("callback") is not read_config}
-    ctx.default_map = {name.replace("-", "_"): value for name, value in values.items()}
+    paths = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("type") is PATH}
+    # As texts, as they come from the command line and the environment: click's types are made for these.
+    ctx.default_map = {
+        name.replace("-", "_"): [*as_texts(value)] if isinstance(value, list) else as_text(value)
+        for name, value in values.items()
+    }
     if unknown := [name for name in values if name.replace("-", "_") not in names]:
         raise click.BadParameter(f"{path} has a key {shorten(unknown[0], 40)!r}, which is no option.", ctx, param)
     if wrong := [n for n, v in values.items() if isinstance(v, dict) or (isinstance(v, list) and n != "rule")]:
         raise click.BadParameter(f"{path}: {wrong[0]} must be one value, not a table or a list.", ctx, param)
+    if wrong := [n for n, v in values.items() if n.replace("-", "_") in paths and not isinstance(v, str)]:
+        raise click.BadParameter(f"{path}: {wrong[0]} must be a text in quotes.", ctx, param)
     return path
 
 
@@ -2379,7 +2425,17 @@ def boolean(heading: str, help: str, default: str) -> Any:
     return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
 
 
-PATH = click.Path()
+class FilePath(click.Path):
+    """A path that the system can take."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse NUL, for which os.stat raises ValueError."""
+        if "\0" in value:
+            self.fail(f"{shorten(value)!r} is no path: it contains NUL.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = FilePath()
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
 
 
@@ -2692,6 +2748,8 @@ def main(args: list[str] | None = None) -> int:
         sentence, exit_code = error.format_message(), Exit.USAGE
     except CullError as error:
         sentence, exit_code = str(error), error.exit_code
+    except click.Abort:  # SIGINT before stop_signals: an arbiter is loaded
+        sentence, exit_code = "told to stop", Exit.UNDONE
     except ModuleNotFoundError as error:
         sentence, exit_code = f"the Python module {error.name} is missing (README: install)", Exit.USAGE
     except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe

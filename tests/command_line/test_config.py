@@ -2,12 +2,15 @@
 
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from conftest import Cull
+from scripted_hub import ScriptedHub
 from settings import SettingsOf
+
+from cull_idle import Settings
 
 
 @pytest.fixture
@@ -68,6 +71,59 @@ def test_what_is_wrong_in_a_config_file_is_named_with_the_file(
     (line,) = result.lines
     for word in [str(config), *words]:
         assert word in line
+
+
+ODD_VALUES = [
+    "2",
+    "-1",
+    "2.5",
+    "nan",
+    "inf",
+    "true",
+    "false",
+    "2026-11-22",
+    "12:00:00",
+    r'"a\u0000b"',
+    "[2]",
+    "[false]",
+]
+
+
+@pytest.mark.parametrize("name", [field.name.replace("_", "-") for field in fields(Settings)])
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_a_value_of_another_kind_is_taken_as_on_the_command_line_or_refused(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.chdir(config.parent)
+    config.write_text(f"{name} = {value}\n")
+    result = cull_scripted("--config=cull.toml")
+    if result.exit_code == 2 and not scripted.requests:
+        assert len(result.lines) == 1
+        assert name in result.err
+    assert [path.name for path in config.parent.iterdir()] == [config.name]
+
+
+@pytest.mark.parametrize("name", ["token-file", "internal-certs-location", "metrics-file", "config"])
+@pytest.mark.parametrize("value", ["2", "false", "true", "2026-11-22", r'"a\u0000b"'])
+def test_a_path_in_a_config_file_is_a_text_without_nul(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, name: str, value: str
+) -> None:
+    config.write_text(f"{name} = {value}\n")
+    result = cull_scripted(f"--config={config}")
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert name in line
+    assert scripted.requests == []
+
+
+@pytest.mark.parametrize(("value", "exit_code"), [("true", 0), ("false", 0), ("1", 0), ("0", 0), ("2", 2), ("2.5", 2)])
+def test_a_flag_in_a_config_file_is_a_boolean(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, value: str, exit_code: int
+) -> None:
+    config.write_text(f"quiet = {value}\n")
+    result = cull_scripted("--timeout=1h", f"--config={config}")
+    assert result.exit_code == exit_code
+    assert (result.err == "") == (value in ("true", "1"))
 
 
 def test_a_config_file_that_is_not_there_or_not_text(cull: Cull, config: Path) -> None:

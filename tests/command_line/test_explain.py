@@ -91,6 +91,32 @@ def untimed(text: str) -> str:
 
 # What it says
 
+OUT_OF_RANGE = ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59"]  # in UTC, they have no year from 1 to 9999
+
+
+@pytest.mark.parametrize("moment", OUT_OF_RANGE)
+@pytest.mark.parametrize("field", ["last_activity", "started", "created"])
+def test_a_time_that_utc_cannot_express_is_shown_as_the_hub_wrote_it(
+    cull_scripted: Cull, scripted: ScriptedHub, moment: str, field: str
+) -> None:
+    server = scripted.add("ann", idle=60)
+    setattr(scripted.users["ann"] if field == "created" else server, field, moment)
+    result = cull_scripted("--explain=ann", "--cull-users", "--timeout=1h", "--max-age=365d")
+    assert result.exit_code == 0
+    assert moment in result.out
+
+
+@pytest.mark.parametrize("moment", OUT_OF_RANGE)
+@pytest.mark.parametrize("field", ["last_activity", "started"])
+@pytest.mark.parametrize("form", [["--dry-run", "-v"], ["--dry-run", "--json"], ["--json"]], ids=str)
+def test_a_time_that_utc_cannot_express_ends_no_pass(
+    cull_scripted: Cull, scripted: ScriptedHub, moment: str, field: str, form: list[str]
+) -> None:
+    setattr(scripted.add("ann", idle=60), field, moment)
+    scripted.add("bob", idle=LONG_AGO)
+    for limits in (["--timeout=1h", "--warn-before=30m"], ["--timeout=never", "--max-age=9d", "--warn-before=8d"]):
+        assert cull_scripted(*limits, *form).exit_code == 0
+
 
 def test_an_idle_server_that_a_rule_applies_to(hub: RealHub, cull_real: Cull) -> None:
     hub.add_user("ann", groups=["gpu", "staff"])

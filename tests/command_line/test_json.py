@@ -495,13 +495,11 @@ def test_a_loop_tells_of_each_pass_also_of_one_that_failed_and_ends_when_nobody_
 ) -> None:
     token = tmp_path / "token"
     token.write_text(scripted.token)
-    scripted.fault("GET", "/users", then_do(token.unlink))
+    scripted.fault("GET", "/users", then_do(lambda: token.write_text("wrong")))
     culler = start("--json", "-q", "--cull-every=1s", f"--token-file={token}")
     assert culler.line()["error"] is None
-    error = (
-        f"--token-file {token} cannot be read: No such file or directory; it must be a file that this user may read."
-    )
-    assert culler.line()["error"] == error
+    error = culler.line()["error"]
+    assert "403" in error
     token.write_text(scripted.token)
     assert culler.line()["error"] is None
     culler.stop_reading()

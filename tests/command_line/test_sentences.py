@@ -497,6 +497,18 @@ def test_a_proxy_that_is_down(cull_scripted: Cull, monkeypatch: pytest.MonkeyPat
     assert_one_sentence(result, 3, "hub.example.org", "$HTTPS_PROXY", "ConnectionRefusedError")
 
 
+# What no path or command can hold
+
+
+@pytest.mark.parametrize(
+    "option", ["--token-file", "--internal-certs-location", "--metrics-file", "--config", "--arbiter", "--notify"]
+)
+@pytest.mark.parametrize("value", ["\0", "/tmp/nul\0nul", "sh \0", "x\0.py:f"])
+def test_a_nul(cull_scripted: Cull, scripted: ScriptedHub, option: str, value: str) -> None:
+    assert_one_sentence(cull_scripted(f"{option}={value}"), 2, option)
+    assert scripted.requests == []
+
+
 # A stderr that cannot be written
 
 

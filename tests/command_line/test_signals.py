@@ -167,6 +167,17 @@ def test_the_loops_pause_ends_with_the_signal(
     assert scripted.lines() == before
 
 
+def test_a_ctrl_c_while_an_arbiter_is_loaded_ends_it(scripted: ScriptedHub, start: Start, tmp_path: Path) -> None:
+    arbiter, loading = tmp_path / "arbiter.py", tmp_path / "loading"
+    arbiter.write_text(f"import pathlib, time\npathlib.Path({str(loading)!r}).touch()\ntime.sleep(20)\n")
+    culler = start(scripted, f"--arbiter={arbiter}:f")
+    culler.wait_for(loading.exists)
+    assert seconds_to_end(culler, signal.SIGINT) < SOON
+    assert culler.process.returncode == 1
+    assert len(culler.said().strip().splitlines()) == 1
+    assert scripted.requests == []
+
+
 # As PID 1, which the kernel spares from each signal that it does not handle: a container without an init
 
 AS_PID_1 = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
