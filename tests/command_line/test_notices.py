@@ -1,4 +1,4 @@
-"""--notify: a command of the administrator's own, for each event; whatever it does, the pass does the same."""
+"""--notify runs a command for each event. Whatever the command does, the pass goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull, RunLoop
+from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from processes import Start
 from readme_text import BLOCKS
@@ -76,10 +76,6 @@ def recorder(tmp_path: Path) -> Recorder:
     return Recorder(tmp_path)
 
 
-def errors(lines: list[str]) -> list[str]:
-    return [line.removeprefix("ERROR    ") for line in lines if line.startswith("ERROR")]
-
-
 # What the command gets
 
 
@@ -125,10 +121,10 @@ def test_it_is_run_for_what_failed_and_not_for_what_is_gone_or_spared(
     scripted.fault("DELETE", "/users/gone/server", respond(404))
     scripted.fault("GET", "/users/spared", then_do(lambda: scripted.touch("spared")))
     result = cull_scripted("--timeout=1h", "--notify", recorder.command)
-    assert [word in result.err for word in ("failed failing", "gone gone", "spared spared")] == [True] * 3
+    assert result.outcomes == {"failing": "failed", "gone": "gone", "spared": "spared"}
     (notice,) = recorder.notices
     assert (notice.variables["event"], notice.variables["user"]) == ("failed", "failing")
-    assert notice.facts["error"] == "the Hub answered 418"
+    assert "418" in notice.facts["error"]
 
 
 def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
@@ -153,33 +149,15 @@ def test_the_words_are_split_as_a_shell_would_and_no_shell_reads_them(
 
 
 @pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("", "'' is no program that can be run"),
-        ("  ", "is no program that can be run"),
-        ("'unclosed", "No closing quotation"),
-        ("/no/such/command", "'/no/such/command' is no program that can be run"),
-        ("no-such-command here", "'no-such-command' is no program that can be run"),
-        ("/", "'/' is no program that can be run"),
-        ("$HOME/notify", "'$HOME/notify' is no program that can be run"),
-    ],
+    "command", ["", "  ", "'unclosed", "/no/such/command", "no-such-command here", "/", "$HOME/notify", __file__]
 )
-def test_what_cannot_be_run_is_refused_at_once(
-    cull_scripted: Cull, scripted: ScriptedHub, command: str, words: str
+def test_a_command_that_cannot_be_run_is_a_usage_error(
+    cull_scripted: Cull, scripted: ScriptedHub, command: str
 ) -> None:
     result = cull_scripted("--notify", command)
     assert result.exit_code == 2
-    assert len(result.lines) == 1
-    assert words in result.err
-    assert scripted.requests == []
-
-
-def test_a_file_that_is_not_executable_is_refused_at_once(
-    cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path
-) -> None:
-    file = tmp_path / "script"
-    file.write_text("#!/bin/sh\n")
-    assert "is no program that can be run" in cull_scripted("--notify", str(file)).err
+    (line,) = result.lines
+    assert "--notify" in line
     assert scripted.requests == []
 
 
@@ -211,7 +189,7 @@ def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, 
     for name in ODD_NAMES:
         scripted.add(name, name[::-1], idle=NEARLY_DUE)
     result = cull_scripted(*WARN, "--notify", recorder.command)
-    assert errors(result.lines) == []
+    assert result.errors == []
     variables = {(notice.variables["user"], notice.variables["server"]) for notice in recorder.notices}
     assert variables == {(name, name[::-1]) for name in ODD_NAMES}
     assert {(notice.facts["user"], notice.facts["server"]) for notice in recorder.notices} == variables
@@ -226,7 +204,7 @@ def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, 
     ],
     ids=["NUL", "half a character", "too long"],
 )
-def test_a_name_that_no_variable_can_hold_is_one_line(
+def test_a_name_that_no_variable_can_hold_costs_only_its_own_notice(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, name: str, shown: str, why: str
 ) -> None:
     scripted.add("odd", idle=NEARLY_DUE)
@@ -236,9 +214,9 @@ def test_a_name_that_no_variable_can_hold_is_one_line(
     )
     result = cull_scripted(*WARN, "--notify", recorder.command)
     assert result.exit_code == 0
-    (error,) = errors(result.lines)
-    assert error.startswith(f"--notify for {shown}: ")
-    assert "cannot be run: " in error
+    (error,) = result.errors
+    assert "--notify" in error
+    assert shown in error
     assert error.endswith(why)
     assert [notice.variables["user"] for notice in recorder.notices] == ["ann"]
 
@@ -292,15 +270,15 @@ def test_the_token_of_the_variable_is_not_passed_on(
     assert scripted.token not in str(recorder.notices[0])
 
 
-def test_a_command_that_finds_the_token_and_tells_it_is_not_quoted(
-    cull: Cull, scripted: ScriptedHub, tmp_path: Path
-) -> None:
+def test_a_token_in_the_output_of_a_command_is_not_logged(cull: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
     scripted.add("dan", idle=NEARLY_DUE)
     file = tmp_path / "token"
     file.write_text(scripted.token)
     script = write_script(tmp_path / "tell", f'#!/bin/sh\necho "curl: token $(cat {file}) refused" >&2\nexit 22\n')
     result = cull("--once", "--url", scripted.url, *WARN, "--token-file", str(file), "--notify", script)
-    assert "exited with 22: curl: token … refused" in result.err
+    (error,) = result.errors
+    assert "22" in error
+    assert "curl: token … refused" in error
     assert scripted.token not in result.err
 
 
@@ -329,19 +307,10 @@ QUIET_ENDS = {
     "writes much to stderr": f"head -c {4 * MEBIBYTE} /dev/zero >&2",
     "complains, and is done": "echo 'never mind' >&2",
 }
-BAD_ENDS = {
-    "exits with 3": ("exit 3", "exited with 3: no word of why"),
-    "says why": ("echo 'no such address' >&2; exit 75", "exited with 75: no such address"),
-    "says why at last": ("echo usage >&2; echo >&2; echo 'bad word' >&2; echo >&2; exit 1", "exited with 1: bad word"),
-    "says it to stdout": ("echo oh; exit 1", "exited with 1: no word of why"),
-    "says no text": (r"printf '\033[31m\377\n' >&2; exit 1", "exited with 1: \\x1b[31m�"),
-    "says much": (f"head -c {4 * MEBIBYTE} /dev/zero | tr '\\0' x >&2; exit 1", "exited with 1: " + "x" * 199 + "…"),
-    "is killed": ("kill -9 $$", "was killed (9): no word of why"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [pytest.param(script, id=name) for name, script in QUIET_ENDS.items()])
-def test_a_command_that_is_done_is_not_mentioned(
+def test_a_command_that_exits_with_0_is_not_mentioned(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, script: str
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -351,18 +320,17 @@ def test_a_command_that_is_done_is_not_mentioned(
     assert (result.exit_code, result.out, result.err) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    ("script", "end"), [pytest.param(script, end, id=name) for name, (script, end) in BAD_ENDS.items()]
-)
-def test_a_command_that_fails_is_one_line_and_changes_nothing_else(
-    cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, script: str, end: str
+@pytest.mark.parametrize(("script", "code"), [("exit 3", "3"), ("kill -9 $$", "9")])
+def test_a_command_that_fails_is_one_error_and_changes_nothing_else(
+    cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, script: str, code: str
 ) -> None:
     scripted.add("ann", "gpu", idle=LONG_AGO)
     path = tmp_path / "script"
     result = cull_scripted("--timeout=1h", "-q", "--notify", write_script(path, f"#!/bin/sh\n{script}\n"))
-    assert result.exit_code == 0
-    assert result.lines == [f"ERROR    --notify for ann/gpu: {path} {end}"]
-    assert scripted.running() == set()
+    assert (result.exit_code, scripted.running()) == (0, set())
+    (line,) = result.lines
+    for word in ("ERROR", "--notify", "ann/gpu", str(path), code):
+        assert word in line
 
 
 def remove(path: Path) -> None:
@@ -390,7 +358,7 @@ def misname(path: Path) -> None:
         (misname, "No such file or directory"),
     ],
 )
-def test_a_command_that_cannot_be_run_any_more_is_one_line(
+def test_a_command_that_cannot_be_run_any_more_is_one_error(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, spoil: Callable[[Path], None], why: str
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -399,10 +367,12 @@ def test_a_command_that_cannot_be_run_any_more_is_one_line(
     scripted.fault("DELETE", ".*", then_do(lambda: spoil(path)))
     result = cull_scripted("--timeout=1h", "-q", "--notify", script)
     assert result.exit_code == 0
-    assert result.lines == [f"ERROR    --notify for ann: {path} cannot be run: {why}"]
+    (error,) = result.lines
+    assert f"--notify for ann: {path}" in error
+    assert error.endswith(why)
 
 
-def test_without_a_place_for_temporary_files_it_is_one_line(
+def test_a_missing_directory_for_temporary_files_is_one_error(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> None:
@@ -413,10 +383,10 @@ def test_without_a_place_for_temporary_files_it_is_one_line(
     result = cull_scripted("--timeout=1h", "-q", "--notify", recorder.command)
     assert result.exit_code == 0
     (line,) = result.lines
-    assert line.endswith("cannot be run: No usable temporary directory found")
+    assert line.endswith("No usable temporary directory found")
 
 
-def test_a_command_that_hangs_is_killed_with_all_that_it_started(
+def test_a_command_that_hangs_is_killed_with_all_its_processes(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.3)
@@ -427,7 +397,9 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(
     script = write_script(path, f"#!/bin/sh\nexec 3> '{fifo}'\necho up >&3\nsleep 60 &\nsleep 60\n")
     result = cull_scripted("--timeout=1h", "-q", "--notify", script)
     assert result.exit_code == 0
-    assert result.lines == [f"ERROR    --notify for ann: {path} was not done after 0.3s, and is given up"]
+    (line,) = result.lines
+    assert f"--notify for ann: {path}" in line
+    assert "0.3s" in line
     until_closed = select.poll()
     until_closed.register(reader, select.POLLHUP)  # comes when nobody has it open for writing
     assert os.read(reader, 9) == b"up\n"
@@ -454,7 +426,7 @@ def test_a_command_that_may_not_be_killed_is_left_alone(
         )
     assert result.exit_code == 0
     (line,) = result.lines
-    assert line.endswith("was not done after 0.1s, and is given up")
+    assert "0.1s" in line
     os.killpg(started[0], signal.SIGKILL)
     os.waitpid(started[0], 0)
 
@@ -472,7 +444,7 @@ def test_what_a_command_leaves_running_is_not_waited_for(
     assert (result.exit_code, result.err) == (0, "")
 
 
-def test_failures_of_one_kind_are_counted_whatever_the_command_says_of_each(
+def test_failures_of_one_kind_are_counted_whatever_the_command_writes(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
     for number in range(20):
@@ -480,18 +452,19 @@ def test_failures_of_one_kind_are_counted_whatever_the_command_says_of_each(
     path = tmp_path / "script"
     script = write_script(path, '#!/bin/sh\necho "no such address: $CULL_IDLE_USER" >&2\nexit 1\n')
     result = cull_scripted("--timeout=1h", "-q", "--notify", script)
-    first, more = errors(result.lines)
-    assert re.fullmatch(rf"--notify for (user\d+): {path} exited with 1: no such address: \1", first)
-    assert more == f"19 more failed in the same way: --notify: {path} exited with 1"
+    first, more = result.errors
+    assert re.search(rf"--notify for (user\d+): {path} .* no such address: \1$", first)
+    assert " 19 more " in more
+    assert "no such address" not in more
 
 
-def test_with_v_each_failure_has_a_line(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_verbose_shows_each_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     for number in range(5):
         scripted.add(f"user{number}", idle=LONG_AGO)
-    assert cull_scripted("--timeout=1h", "-v", "--notify", "false").err.count("false exited with 1") == 6
+    assert cull_scripted("--timeout=1h", "-v", "--notify", "false").err.count(" --notify for user") == 5
 
 
-def test_after_ten_that_were_late_no_other_is_begun(
+def test_after_ten_timeouts_no_other_command_is_started(
     cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.05)
@@ -500,12 +473,12 @@ def test_after_ten_that_were_late_no_other_is_begun(
     result = cull_scripted("--timeout=1h", "-q", "--notify", "sleep 60")
     assert result.exit_code == 0
     assert scripted.running() == set()
-    first, left_out, more = errors(result.lines)
-    assert first.endswith(": sleep was not done after 0.05s, and is given up")
-    late = int(re.findall(r"because (\d+) were not done in time$", left_out)[0])
+    first, left_out, more = result.errors
+    assert "0.05s" in first
+    skipped, late = map(int, re.findall(r" (\d+)\b", left_out))
     assert 10 <= late < 10 + cull_idle.NOTICES_AT_ONCE
-    assert left_out.startswith(f"--notify: {30 - late} left out")
-    assert more.startswith(f"{late - 1} more failed in the same way: --notify: sleep was not done after")
+    assert skipped == 30 - late
+    assert f" {late - 1} more " in more
 
 
 # Side by side
@@ -556,8 +529,8 @@ def test_four_run_at_a_time_while_culling_goes_on(cull_scripted: Cull, scripted:
     result = cull_scripted("--timeout=1h", "--concurrency=1", "--notify", held.command)
     assert begun == [4]
     assert held.count("done") == 9
-    assert "9 due, 9 culled" in result.lines[-1]
-    assert errors(result.lines) == []
+    assert result.counts == {"running": 9, "due": 9, "culled": 9}
+    assert result.errors == []
 
 
 @pytest.mark.parametrize(("once", "exit_code"), [([], 0), (["--once"], 1)], ids=["loop", "once"])
@@ -567,15 +540,14 @@ def test_a_signal_lets_those_that_run_finish_and_begins_no_other(
     for number in range(9):
         scripted.add(f"user{number}", idle=LONG_AGO)
     culler = start(scripted, "--timeout=1h", *once, "--notify", held.command)
-    culler.wait_for(lambda: culler.said().count("culled user") == 9 and held.count("begun") == 4)
+    culler.wait_for(lambda: len(Result(0, "", culler.said()).outcomes) == 9 and held.count("begun") == 4)
     culler.process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     assert culler.process.poll() is None
     held.let_go()
     assert culler.process.wait(15) == exit_code
     assert (held.count("begun"), held.count("done")) == (4, 4)
-    assert "ERROR    --notify: 5 left out, because told to stop\n" in culler.said()
-    assert culler.said().count("--notify") == 1
+    assert len(re.findall(r" ERROR +--notify: 5 ", culler.said())) == culler.said().count("--notify") == 1
 
 
 def zombies() -> bool:
@@ -632,7 +604,7 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
     scripted.add("ann", idle=LONG_AGO)
     script = write_script(tmp_path / "script", example("mail -s"))
     result = cull_scripted(*WARN, "--notify", script)
-    assert errors(result.lines) == []
+    assert result.errors == []
     last_activity = scripted.users["dan"].servers["gpu"].last_activity
     assert re.fullmatch(
         r"-s\|Your Jupyter server is idle\|dan\|It will be stopped at \S+Z unless you use it.\n", written.read_text()
@@ -650,8 +622,8 @@ def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
     write_script(bin_ / "mail", f"#!/bin/sh\ncat > '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
     scripted.add(name, idle=NEARLY_DUE)
-    (error,) = errors(cull_scripted(*WARN, "--notify", write_script(tmp_path / "script", example("mail -s"))).lines)
-    assert "exited with 1: " in error
+    script = write_script(tmp_path / "script", example("mail -s"))
+    assert len(cull_scripted(*WARN, "--notify", script).errors) == 1
     assert not written.exists()
 
 
@@ -677,15 +649,17 @@ def test_the_readmes_webhook_posts_everything(
     scripted.fault("DELETE", "/users/bob/server", respond(418))
     scripted.add_user("eve", idle=LONG_AGO)
     result = cull_scripted(*WARN, "--cull-users", "--notify", chat[1])
-    assert [line for line in errors(result.lines) if "notify" in line] == []
+    assert "--notify" not in result.err
     texts = sorted(json.loads(request.body)["text"] for request in chat[0].requests)
-    assert [re.sub(r"\d\ds", "…", text) for text in texts] == [
-        "culled eve: idle 2h, limit 1h",
-        'culled ünï "x": idle 2h, limit 1h',
-        'culled ünï "x": idle 2h, limit 1h',
-        "failed bob: the Hub answered 418",
-        "warned dan/gpu: idle 50m…, limit 1h; due in 9m…",
+    assert [text.partition(": ")[0] for text in texts] == [
+        "culled eve",
+        'culled ünï "x"',
+        'culled ünï "x"',
+        "failed bob",
+        "warned dan/gpu",
     ]
+    assert "418" in texts[3]
+    assert "idle 50m" in texts[4]
     assert {request.headers["content-type"] for request in chat[0].requests} == {"application/json"}
 
 
@@ -695,5 +669,5 @@ def test_a_webhook_that_refuses_is_a_line_that_says_so(
     chat[0].fault("POST", "/hooks/xyz", respond(403))
     chat[0]._faults.reverse()
     scripted.add("dan", idle=NEARLY_DUE)
-    (error,) = errors(cull_scripted(*WARN, "--notify", chat[1]).lines)
-    assert error.endswith("script exited with 1: urllib.error.HTTPError: HTTP Error 403: Forbidden")
+    (error,) = cull_scripted(*WARN, "--notify", chat[1]).errors
+    assert error.endswith(" 1: urllib.error.HTTPError: HTTP Error 403: Forbidden")
