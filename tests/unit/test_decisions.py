@@ -17,12 +17,22 @@ POLICY = Policy(timeout=Limit(HOUR), max_age=Limit(NEVER))
 
 def server(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> Server:
     started = None if age is None else NOW - age
-    return Server("ann", "", True, "", started, NOW - idle, "", {}, {})._replace(**fields)
+    values: dict[str, Any] = {
+        "user": "ann",
+        "name": "",
+        "ready": True,
+        "pending": "",
+        "doubt": "",
+        "model": {},
+        "user_model": {},
+    }
+    return Server(**{**values, "started": started, "last_activity": NOW - idle, **fields})
 
 
 def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> User:
     created = None if age is None else NOW - age
-    return User("ann", False, created, NOW - idle, [], "", {})._replace(**fields)
+    values: dict[str, Any] = {"name": "ann", "admin": False, "servers": [], "doubt": "", "model": {}}
+    return User(**{**values, "created": created, "last_activity": NOW - idle, **fields})
 
 
 @pytest.mark.parametrize(
