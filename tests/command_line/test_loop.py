@@ -1,13 +1,17 @@
 """The loop, as a process: passes one after another, whatever the Hub and the token file do meanwhile."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from conftest import Result
 from hub import RealHub
-from processes import Running, Start
+from processes import PROGRAM, Running, Start
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, then_do
 
 LOOP = ("--timeout=1h", "--cull-every=1s")

@@ -287,7 +287,7 @@ def test_a_token_of_which_only_the_end_is_read_is_not_quoted(
     cull: Cull, scripted: ScriptedHub, tmp_path: Path, in_front: int
 ) -> None:
     scripted.token = TOKEN
-    scripted.add("dan", idle=NEARLY)
+    scripted.add("dan", idle=NEARLY_DUE)
     file, words = tmp_path / "token", tmp_path / "words"
     file.write_text(TOKEN)
     words.write_text(f"curl: {TOKEN}" + "x" * (cull_idle.READ_SIZE + in_front - len(TOKEN)))
