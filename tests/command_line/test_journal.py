@@ -92,7 +92,7 @@ def test_a_stderr_without_a_file_descriptor_is_not_the_journal(scripted: Scripte
 
 
 def test_each_level_has_a_priority() -> None:
-    assert cull_idle.JOURNAL == {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    assert cull_idle.PRIORITIES == {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 
 @pytest.mark.parametrize("journal", ["stderr", "stdout"])

@@ -557,12 +557,12 @@ def test_a_full_disk_gets_a_sentence(scripted: ScriptedHub, start: Start, args: 
 def test_a_stream_that_is_closed_is_done_without(
     cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, args: list[str], stream: str
 ) -> None:
-    for number in range(cull_idle.HANDFUL + 1):
+    for number in range(cull_idle.BAR_FROM + 1):
         scripted.add(f"user{number}", idle=LONG_AGO)
     monkeypatch.setattr(sys, stream, None)
     assert cull_scripted("--timeout=1h", *args).exit_code == 0
     getattr(sys, stream).close()
-    assert len(scripted.running()) == (0 if "--once" in args else cull_idle.HANDFUL + 1)
+    assert len(scripted.running()) == (0 if "--once" in args else cull_idle.BAR_FROM + 1)
 
 
 def test_nothing_but_json_goes_to_stdout(hub: RealHub, cull_real: Cull, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_no_token_is_in_its_environment_its_input_or_the_log(
     monkeypatch.setenv("JPY_API_TOKEN", in_variable or TOKEN)
     monkeypatch.setenv("CURL_HEADER", f"Authorization: token {TOKEN}")
     monkeypatch.setenv("HARMLESS", "seen")
-    monkeypatch.setattr(cull_idle, "shorten", lambda text: text)
+    monkeypatch.setattr(cull_idle, "one_line", lambda text: text)
     env = {"JUPYTERHUB_API_TOKEN": in_variable} if in_variable else {}
     for command in (recorder.command, write_script(tmp_path / "tell", TELL_ALL)):
         result = cull(

@@ -389,7 +389,7 @@ def test_all_that_is_due_is_done_by_the_threads_there_are(
     really_start = threading.Thread.start
 
     def start(thread: threading.Thread) -> None:
-        if "ThreadPool" in thread.name:
+        if thread.name.startswith("cull_idle"):
             if len(started) >= threads:
                 raise RuntimeError("can't start new thread")
             started.append(thread)
