@@ -91,7 +91,7 @@ def test_a_maximum_age_of_0_means_no_limit(settings_of: SettingsOf, value: str) 
     assert settings_of(f"--max-age={value}").policies._servers[0].max_age.duration == NEVER
 
 
-def test_the_command_line_comes_before_the_environment_and_that_before_the_default(settings_of: SettingsOf) -> None:
+def test_the_command_line_comes_before_the_environment_and_the_default(settings_of: SettingsOf) -> None:
     env = {"CULL_IDLE_TIMEOUT": "1h", "CULL_IDLE_CULL_USERS": "true"}
     assert settings_of("--timeout=2h", env=env).timeout == 120 * MINUTE
     assert settings_of(env=env).timeout == 60 * MINUTE

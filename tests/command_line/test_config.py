@@ -76,7 +76,7 @@ def test_an_error_in_a_config_file_names_the_file_and_the_key(
         assert word in line
 
 
-def test_the_generated_file_uncommented_gives_the_defaults_back(
+def test_the_generated_file_without_its_comment_signs_sets_the_defaults(
     cull: Cull, settings_of: SettingsOf, config: Path
 ) -> None:
     result = cull("--generate-config")

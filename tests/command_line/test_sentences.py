@@ -75,7 +75,7 @@ def test_without_a_token(cull: Cull, scripted: ScriptedHub, env: dict[str, str],
     ["zw\u00f6lf-zeichen", "two words", "first\nsecond", "bell\x07bell", "snow\u2603man", "half\udcffhalf"],
     ids=ascii,
 )
-def test_a_token_that_is_no_plain_word(cull_scripted: Cull, scripted: ScriptedHub, token: str) -> None:
+def test_a_token_that_is_not_one_word(cull_scripted: Cull, scripted: ScriptedHub, token: str) -> None:
     result = cull_scripted(token=token)
     assert_one_sentence(result, 2, "$JUPYTERHUB_API_TOKEN", "does not hold an API token", "one word")
     assert scripted.requests == []
@@ -104,19 +104,17 @@ def test_a_token_file_without_a_token(
     assert scripted.requests == []
 
 
-def test_a_token_file_that_is_missing(cull: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
-    result = cull("--once", "--url", scripted.url, "--token-file", str(tmp_path / "none"), token=scripted.token)
-    assert_one_sentence(result, 2, f"--token-file {tmp_path / 'none'}", "cannot be read", "No such file")
+@pytest.mark.parametrize(("name", "why"), [("none", "No such file"), ("", "directory")])
+def test_a_token_file_that_cannot_be_read(
+    cull: Cull, scripted: ScriptedHub, tmp_path: Path, name: str, why: str
+) -> None:
+    file = str(tmp_path / name)
+    result = cull("--once", "--url", scripted.url, "--token-file", file, token=scripted.token)
+    assert_one_sentence(result, 2, f"--token-file {file}", "cannot be read", why)
     assert scripted.requests == []
 
 
-def test_a_token_file_that_cannot_be_read(cull: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
-    result = cull("--once", "--url", scripted.url, "--token-file", str(tmp_path), token=scripted.token)
-    assert_one_sentence(result, 2, f"--token-file {tmp_path}", "cannot be read", "directory")
-    assert scripted.requests == []
-
-
-def test_a_token_file_is_what_counts_and_may_end_in_a_newline(
+def test_a_token_file_comes_before_the_variable_and_may_end_in_a_newline(
     cull: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
     file = tmp_path / "api-token"
@@ -157,7 +155,7 @@ def test_a_token_that_is_refused_with_401(cull_scripted: Cull, scripted: Scripte
         "http://127.0.0.1/hub/api\n",
     ],
 )
-def test_a_url_that_is_none(cull: Cull, url: str) -> None:
+def test_a_url_that_is_not_valid(cull: Cull, url: str) -> None:
     assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 2, "--url", "not a URL like http://127.0.0.1:8081")
 
 
@@ -172,7 +170,7 @@ def test_a_url_that_is_none(cull: Cull, url: str) -> None:
         "https://.example/hub/api",
     ],
 )
-def test_a_url_whose_host_cannot_be_one(cull: Cull, url: str) -> None:
+def test_a_url_with_an_impossible_host(cull: Cull, url: str) -> None:
     result = cull("--once", "--url", url, token=TOKEN)
     assert result.exit_code in (2, 3)
     assert_one_sentence(result, result.exit_code, url)
@@ -227,20 +225,22 @@ def test_a_url_without_hub_api(cull: Cull, scripted: ScriptedHub, path: str) -> 
         pytest.param(respond(200, b"x", {"Content-Encoding": "gzip"}), ["GET /users"], id="not gzip"),
     ],
 )
-def test_what_is_no_user_list(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply, words: list[str]) -> None:
+def test_an_answer_that_is_not_a_user_list(
+    cull_scripted: Cull, scripted: ScriptedHub, answer: Reply, words: list[str]
+) -> None:
     scripted.fault("GET", "/users", answer, times=None)
     assert_one_sentence(cull_scripted(), 3, "GET /users", scripted.url, *words)
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_hub_that_is_not_there_for_now(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
+def test_a_hub_that_is_unavailable(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
     scripted.fault("GET", "/users", respond_json(status, {"message": "Restarting"}), times=None)
     assert_one_sentence(cull_scripted(), 3, f"GET /users: the Hub answered {status} (Restarting)")
     assert len(scripted.lines()) == 1 + len(cull_idle.PAUSES) + 1
 
 
 @pytest.mark.parametrize("answer", [html(), html(404), reset(), hang(0.1), respond(500), empty()])
-def test_what_answers_everything_alike_is_no_hub(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply) -> None:
+def test_a_server_that_is_not_a_hub(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply) -> None:
     scripted.fault("*", ".*", answer, times=None)
     assert_one_sentence(cull_scripted("--cull-users"), 3, scripted.url)
 
@@ -270,12 +270,12 @@ def test_a_redirect_to_another_host(
     ],
     ids=ascii,
 )
-def test_a_redirect_to_no_url(cull_scripted: Cull, scripted: ScriptedHub, location: str) -> None:
+def test_a_redirect_to_something_that_is_not_a_url(cull_scripted: Cull, scripted: ScriptedHub, location: str) -> None:
     scripted.fault("GET", "/users", redirect(location), times=None)
     assert_one_sentence(cull_scripted(), 3, scripted.url, "redirects to", TO_API)
 
 
-def test_a_redirect_to_nowhere(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_a_redirect_without_a_location(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.fault("*", ".*", respond(302), times=None)
     assert_one_sentence(cull_scripted(), 3, scripted.url, "redirects to nowhere")
 
@@ -299,12 +299,12 @@ def test_a_package_that_is_missing(cull_scripted: Cull, monkeypatch: pytest.Monk
     assert_one_sentence(cull_scripted(), 2, "requests is missing", "README")
 
 
-def test_a_click_that_would_take_a_bare_flag_for_false(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_click_that_is_too_old(cull_scripted: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(click, "NoSuchCommand")
     assert_one_sentence(cull_scripted(), 2, "click is too old", "pip install --upgrade click")
 
 
-def test_a_hub_that_no_way_leads_to(cull: Cull) -> None:
+def test_a_hub_without_a_route(cull: Cull) -> None:
     url = "http://255.255.255.255/hub/api"  # everybody's address
     assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 3, url, "cannot be reached", "--url")
 
@@ -326,7 +326,7 @@ def test_https_where_the_hub_speaks_http(cull: Cull, scripted: ScriptedHub) -> N
     assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 3, url, "TLS")
 
 
-def test_a_dry_run_says_it_alike(cull: Cull, scripted: ScriptedHub) -> None:
+def test_a_dry_run_fails_in_the_same_way(cull: Cull, scripted: ScriptedHub) -> None:
     scripted.fault("GET", "/users", html(), times=None)
     result = cull("--dry-run", "--url", scripted.url, token=scripted.token)
     assert result.exit_code == 3
@@ -430,9 +430,7 @@ def test_an_option_that_is_wrong(cull: Cull, arguments: list[str], words: list[s
 
 
 @pytest.mark.parametrize("timeout", ["999999999d", "9999w", "1000000000s"])
-def test_a_request_timeout_beyond_all_measure_is_no_traceback(
-    cull_scripted: Cull, scripted: ScriptedHub, timeout: str
-) -> None:
+def test_a_very_long_request_timeout_is_no_traceback(cull_scripted: Cull, scripted: ScriptedHub, timeout: str) -> None:
     result = cull_scripted("--request-timeout", timeout)
     assert result.exit_code in (0, 2)
     assert len(result.lines) == 1
@@ -451,9 +449,7 @@ def _soon_told_to_stop() -> Iterator[None]:
 
 @pytest.mark.parametrize("arguments", [["--cull-every", "100000w"], ["--timeout", "40000w"]], ids=" ".join)
 @pytest.mark.usefixtures("_soon_told_to_stop")
-def test_an_interval_beyond_all_measure_is_no_traceback(
-    cull: Cull, scripted: ScriptedHub, arguments: list[str]
-) -> None:
+def test_a_very_long_interval_is_no_traceback(cull: Cull, scripted: ScriptedHub, arguments: list[str]) -> None:
     result = cull("--url", scripted.url, *arguments, token=scripted.token)
     assert result.exit_code in (0, 2)
 
