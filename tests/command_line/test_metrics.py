@@ -122,7 +122,7 @@ def test_the_readme_names_each_metric_and_no_other(cull_measured: Cull, file: Pa
     assert re.findall("`(.*?)`", outcome_row) == list(OUTCOMES)
 
 
-def test_the_readmes_alert_and_queries_are_of_metrics_that_exist(cull_measured: Cull, file: Path) -> None:
+def test_the_readmes_alert_and_queries_use_existing_metrics(cull_measured: Cull, file: Path) -> None:
     cull_measured()
     queries = re.findall(r"expr: (.*)", README) + re.findall(r"`(.*?)`", section("Metrics").rpartition("Queries")[2])
     used = {name for query in queries for name in re.findall(r"cull_idle_\w+", query)}
@@ -131,7 +131,7 @@ def test_the_readmes_alert_and_queries_are_of_metrics_that_exist(cull_measured: 
     assert used <= names(file)
 
 
-def test_labels_in_the_readmes_queries_exist(cull_measured: Cull, file: Path) -> None:
+def test_the_readmes_queries_use_existing_labels(cull_measured: Cull, file: Path) -> None:
     cull_measured()
     (label,) = re.findall(r"sum by \((\w+)\)", section("Metrics"))
     assert f'{{{label}="culled"}}' in file.read_text()
@@ -140,7 +140,7 @@ def test_labels_in_the_readmes_queries_exist(cull_measured: Cull, file: Path) ->
 # From pass to pass
 
 
-def test_counters_go_on_from_one_run_to_the_next(scripted: ScriptedHub, cull_measured: Cull, file: Path) -> None:
+def test_counters_continue_from_one_run_to_the_next(scripted: ScriptedHub, cull_measured: Cull, file: Path) -> None:
     for count in (1, 2, 3):
         scripted.add("ann", idle=LONG_AGO)
         cull_measured()
@@ -150,7 +150,7 @@ def test_counters_go_on_from_one_run_to_the_next(scripted: ScriptedHub, cull_mea
     assert [each.name for each in file.parent.iterdir()] == [file.name]
 
 
-def test_counters_go_on_in_the_loop(scripted: ScriptedHub, start: Start, file: Path) -> None:
+def test_counters_continue_in_the_loop(scripted: ScriptedHub, start: Start, file: Path) -> None:
     scripted.add("ann", idle=LONG_AGO)
     file.write_text(OLD + "5\n")
 

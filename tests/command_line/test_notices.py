@@ -79,7 +79,7 @@ def recorder(tmp_path: Path) -> Recorder:
 # What the command gets
 
 
-def test_it_is_run_for_each_server_warned_culled_and_stopping(
+def test_the_command_runs_for_each_server_warned_culled_and_stopping(
     hub: RealHub, cull_real: Cull, recorder: Recorder
 ) -> None:
     hub.spawn_many(
@@ -104,7 +104,7 @@ def test_it_is_run_for_each_server_warned_culled_and_stopping(
     assert all(notice.stdin.endswith("}\n") for notice in found.values())
 
 
-def test_it_is_run_for_a_user_who_is_deleted(hub: RealHub, cull_real: Cull, recorder: Recorder) -> None:
+def test_the_command_runs_for_a_deleted_user(hub: RealHub, cull_real: Cull, recorder: Recorder) -> None:
     hub.add_user("ann", idle_seconds=LONG_AGO, age_seconds=LONG_AGO)
     cull_real("--timeout=1h", "--cull-users", "--notify", recorder.command, token=hub.user_culler_token)
     (notice,) = recorder.notices
@@ -112,7 +112,7 @@ def test_it_is_run_for_a_user_who_is_deleted(hub: RealHub, cull_real: Cull, reco
     assert (notice.facts["event"], notice.facts["action"], notice.facts["server"]) == ("user", "delete", None)
 
 
-def test_it_is_run_for_what_failed_and_not_for_what_is_gone_or_spared(
+def test_the_command_runs_for_failures_but_not_for_gone_or_spared_servers(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder
 ) -> None:
     for name in ("failing", "gone", "spared"):
@@ -135,7 +135,7 @@ def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, reco
     assert recorder.notices == []
 
 
-def test_the_words_are_split_as_a_shell_would_and_no_shell_reads_them(
+def test_the_command_is_split_like_in_a_shell_but_not_run_by_one(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -161,7 +161,7 @@ def test_a_command_that_cannot_be_run_is_a_usage_error(
     assert scripted.requests == []
 
 
-def test_the_variable_and_the_file_are_taken_as_well(
+def test_the_command_may_come_from_a_variable_or_the_config_file(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, tmp_path: Path
 ) -> None:
     scripted.add("dan", idle=NEARLY_DUE)
@@ -185,7 +185,7 @@ ODD_NAMES = [
 ]
 
 
-def test_odd_names_come_as_they_are(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
+def test_odd_names_are_passed_unchanged(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
     for name in ODD_NAMES:
         scripted.add(name, name[::-1], idle=NEARLY_DUE)
     result = cull_scripted(*WARN, "--notify", recorder.command)
@@ -230,7 +230,7 @@ exit 1
 
 
 @pytest.mark.parametrize("in_variable", [None, TOKEN, OTHER_TOKEN], ids=["no variable", "the same", "another"])
-def test_no_token_is_in_its_environment_its_input_or_the_log(
+def test_no_token_is_in_the_environment_the_input_or_the_log(
     cull: Cull,
     scripted: ScriptedHub,
     recorder: Recorder,
@@ -432,7 +432,7 @@ def test_a_command_that_may_not_be_killed_is_left_alone(
 
 
 @pytest.mark.parametrize("stream", ["1", "2"], ids=["stdout", "stderr"])
-def test_what_a_command_leaves_running_is_not_waited_for(
+def test_processes_that_a_command_leaves_behind_are_not_waited_for(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, stream: str
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -515,7 +515,7 @@ def held(tmp_path: Path) -> Iterator[Held]:
     held.let_go()
 
 
-def test_four_run_at_a_time_while_culling_goes_on(cull_scripted: Cull, scripted: ScriptedHub, held: Held) -> None:
+def test_four_commands_run_at_a_time_during_culling(cull_scripted: Cull, scripted: ScriptedHub, held: Held) -> None:
     for number in range(9):
         scripted.add(f"user{number}", idle=LONG_AGO)
     begun: list[int] = []
@@ -534,7 +534,7 @@ def test_four_run_at_a_time_while_culling_goes_on(cull_scripted: Cull, scripted:
 
 
 @pytest.mark.parametrize(("once", "exit_code"), [([], 0), (["--once"], 1)], ids=["loop", "once"])
-def test_a_signal_lets_those_that_run_finish_and_begins_no_other(
+def test_after_a_signal_running_commands_finish_and_no_other_starts(
     scripted: ScriptedHub, start: Start, held: Held, once: list[str], exit_code: int
 ) -> None:
     for number in range(9):
@@ -557,7 +557,7 @@ def zombies() -> bool:
         return False
 
 
-def test_passes_leave_no_process_file_or_thread_behind(
+def test_passes_leave_no_processes_files_or_threads_behind(
     scripted: ScriptedHub, loop: RunLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cull_idle, "NOTICE_SECONDS", 0.2)
@@ -593,7 +593,7 @@ def example(word: str) -> str:
     return text
 
 
-def test_the_readmes_mail_is_written_to_who_is_warned(
+def test_the_readmes_mail_goes_to_the_warned_user(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, bin_ = tmp_path / "written", tmp_path / "bin"
@@ -614,7 +614,7 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
 
 
 @pytest.mark.parametrize("name", ["-fdan", "dan eve", "|id", "/etc/passwd", "dan,eve", "a\nb", "dän"])
-def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
+def test_the_readmes_mail_is_not_sent_to_a_name_that_is_no_address(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     written, bin_ = tmp_path / "written", tmp_path / "bin"
@@ -640,7 +640,7 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scri
         yield chat, write_script(tmp_path / "script", text.replace(url, f"{chat.url}/hooks/xyz"))
 
 
-def test_the_readmes_webhook_posts_everything(
+def test_the_readmes_webhook_posts_each_event(
     cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
 ) -> None:
     scripted.add("dan", "gpu", idle=NEARLY_DUE)
@@ -663,7 +663,7 @@ def test_the_readmes_webhook_posts_everything(
     assert {request.headers["content-type"] for request in chat[0].requests} == {"application/json"}
 
 
-def test_a_webhook_that_refuses_is_a_line_that_says_so(
+def test_an_error_of_the_readmes_webhook_is_logged(
     cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
 ) -> None:
     chat[0].fault("POST", "/hooks/xyz", respond(403))

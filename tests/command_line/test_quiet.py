@@ -160,19 +160,19 @@ def test_a_hub_that_is_gone_ends_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub, how: str, concurrency: int
 ) -> None:
     method, make = GONE[how]
-    fill(scripted, 200)
+    fill(scripted, 1000)
     for number in range(20):
         scripted.add_user(f"empty{number}", idle=LONG_AGO)
     scripted.fault(method, "/users/.*", make(scripted), times=None)
     last = max(10, 2 * concurrency)
     result = cull_scripted("--timeout=1h", "--cull-users", "--request-timeout=0.5", f"--concurrency={concurrency}")
     assert result.exit_code == 1
-    assert len(scripted.running()) >= 200 - concurrency
+    assert len(scripted.running()) >= 1000 - concurrency
     assert len(result.errors) <= 5  # the first requests may lose an open connection
     assert len([line for line in result.errors if f" {last} " in line]) == 1
     failed, undone = result.counts["failed"], result.counts["left undone"]
-    assert last <= failed < 200  # there are no pauses, so a few more fail before the pass ends
-    assert undone >= 420 - 2 * failed - 2 * concurrency
+    assert last <= failed < 1000  # there are no pauses, so a few more fail before the pass ends
+    assert undone >= 2020 - 2 * failed - 2 * concurrency
     assert {user for user in scripted.users if user.startswith("empty")} == {f"empty{number}" for number in range(20)}
 
 

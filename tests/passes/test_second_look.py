@@ -328,6 +328,15 @@ def test_a_stop_that_takes_long_is_not_taken_for_an_activity_of_its_user(
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server", "DELETE /users/ann"]
 
 
+def test_a_stop_late_in_a_pass_is_not_taken_for_an_activity_of_its_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.add("ann", idle=LONG_AGO, stop_seconds=2.5)
+    scripted.add("bob", idle=LONG_AGO)
+    result = cull_scripted("--timeout", "1h", "--cull-users", "--concurrency", "1")
+    assert result.outcomes == {"ann": "culled", "bob": "culled", "user ann": "deleted", "user bob": "deleted"}
+
+
 def test_a_user_whose_look_before_the_stop_was_404_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", respond(404), normal())

@@ -6,11 +6,12 @@
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
 from conftest import Cull
-from hub import OtherBecomesActive, RealHub, full_name, servers_of
+from hub import RealHub, full_name, servers_of
 
 HOUR = 3600
 # Half a minute over: times are written in whole minutes, and a test may take some seconds.
@@ -359,6 +360,32 @@ def test_a_server_that_becomes_active_during_the_pass_is_spared(hub: RealHub, cu
     assert hub.running() == {other[0]}
     assert result.outcomes[other[0]] == "spared"
     assert (result.counts["culled"], result.counts["spared"]) == (1, 1)
+
+
+class OtherBecomesActive:
+    """While one of ann's and bob's servers is being stopped, the other becomes active."""
+
+    def __init__(self, hub: RealHub) -> None:
+        self.hub = hub
+        self.other: list[str] = []
+        self.thread = threading.Thread(target=self.watch)
+
+    def watch(self) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for name, other in (("ann", "bob"), ("bob", "ann")):
+                server = self.hub.server(name)
+                if server is None or server["pending"] == "stop":
+                    self.hub.touch(other)
+                    self.other.append(other)
+                    return
+
+    def __enter__(self) -> list[str]:
+        self.thread.start()
+        return self.other
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
 
 
 @pytest.mark.behaviour("messages")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers_and_policies import DURATIONS, HOUR, LIMITS, NOW, POLICY, SECOND, server, user
 
 from cull_idle import NEVER, Limit, Policy, Server, judge_server, judge_user
 
@@ -83,6 +82,10 @@ def test_a_user_in_doubt_is_kept(fields: dict[str, Any]) -> None:
 
 def test_a_user_whom_a_rule_keeps_is_kept() -> None:
     assert not judge_user(user(), POLICY._replace(kept_by="rule 1"), NOW).cull
+
+
+DURATIONS = st.timedeltas(timedelta(days=-400), timedelta(days=400))
+LIMITS = st.builds(Limit, st.just(NEVER) | st.timedeltas(timedelta(0), timedelta(days=400)))
 
 
 @given(

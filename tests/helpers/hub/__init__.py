@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -365,29 +364,3 @@ class RealHub:
     def _backdoor(self, action: str, **arguments: object) -> Any:
         """See BackdoorHandler in doubles.py."""
         return self.api("POST", f"/testing/{action}", json=arguments).json()
-
-
-class OtherBecomesActive:
-    """While one of ann's and bob's servers is being stopped, the other becomes active."""
-
-    def __init__(self, hub: RealHub) -> None:
-        self.hub = hub
-        self.other: list[str] = []
-        self.thread = threading.Thread(target=self.watch)
-
-    def watch(self) -> None:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            for name, other in (("ann", "bob"), ("bob", "ann")):
-                server = self.hub.server(name)
-                if server is None or server["pending"] == "stop":
-                    self.hub.touch(other)
-                    self.other.append(other)
-                    return
-
-    def __enter__(self) -> list[str]:
-        self.thread.start()
-        return self.other
-
-    def __exit__(self, *_: object) -> None:
-        self.thread.join()
