@@ -1,8 +1,8 @@
 """Random users and servers, random faults, random options: what must hold after every pass.
 
 Users come, go, are active again and are created anew, between passes and in the middle of them. Some Hubs are behind a
-proxy that decodes %2F. An oracle that is independent of the program says what may be stopped, from what the Hub knew at
-each request. By hand, at random and for longer:
+proxy that decodes %2F, and an ingress may answer for the Hub with an error of its own. An oracle that is independent of
+the program says what may be stopped, from what the Hub knew at each request. By hand, at random and for longer:
 
     EXAMPLES=2000 pytest tests/passes/test_model_based.py
 """
@@ -128,6 +128,7 @@ class Seen:
     target: str  # as it was sent: a proxy may have decoded it on the way
     then: Then
     answer: Answer
+    everybody: Mapping[str, Then]  # where it is for a page of the user list
 
     @property
     def is_look(self) -> bool:
@@ -182,13 +183,25 @@ class Seen:
         if self.is_probe:
             return self.arrived and self.answer.status in (200, 404)
         if self.request.method == "DELETE":
-            return self.arrived and self.answer.status in (202, 204, 400, 404)
-        return bool(self.content) or (self.arrived and self.answer.status == 404)
+            return self.arrived and (self.answer.status in (202, 204) or self.hub_says(400, 404))
+        return bool(self.content) or self.hub_says(404)
+
+    def hub_says(self, *statuses: int) -> bool:
+        """Whether it is an error of the Hub's own with one of these statuses; an ingress answers in HTML."""
+        return self.arrived and self.answer.status in statuses and self.answer.body.startswith(b'{"status"')
+
+    def look_at(self, user: str) -> Then | None:
+        """What it showed of a user; None if nothing."""
+        if self.is_look and self.user == user and self.fine:
+            return self.then
+        items = self.content.get("items") if self.is_page else None
+        names = [item["name"] for item in items] if isinstance(items, list) else []
+        return self.everybody[user] if user in names else None
 
     @property
     def passes_by(self) -> bool:
         """Whether another try may help."""
-        return not self.arrived or self.answer.status == 503
+        return not self.arrived or self.answer.status in (502, 503)
 
     @property
     def last_page(self) -> bool:
@@ -258,8 +271,9 @@ class WatchedHub(ScriptedHub):
             if request.method == "GET" and len(request.segments) == 2:
                 self._surprise(request.segments[1])
             then = self.what_is_so(request.segments[1]) if len(request.segments) > 1 else NOBODY
+            everybody = {name: self.what_is_so(name) for name in self.users} if request.segments == ("users",) else {}
             answer = super().answer(request)
-            self.seen.append(Seen(request, sent, then, answer))
+            self.seen.append(Seen(request, sent, then, answer, everybody))
             return answer
 
     def what_is_so(self, name: str) -> Then:
@@ -370,8 +384,10 @@ CHANGES: list[Change] = [
 ]
 PAGES, LOOKS = ("GET", r"/users(\?.*)?"), ("GET", r"/users/[^/]+")
 STOPS, USER_DELETES = ("DELETE", r"/users/[^/]+/server.*"), ("DELETE", r"/users/[^/]+")
-PLACES = [PAGES, PAGES, LOOKS, LOOKS, STOPS, STOPS, USER_DELETES]
+PROBES = ("GET", r"(%2Fusers|/%2E/users|/users%3F).*")
+PLACES = [PAGES, PAGES, LOOKS, LOOKS, LOOKS, STOPS, STOPS, USER_DELETES, PROBES]
 FAULTS: list[Reply] = [respond(500), respond(503), reset(), done_but_lost(), truncated(), html()]
+FAULTS += [html(status, f"<html><h1>{status} from the ingress</h1></html>") for status in (400, 404, 404, 405, 502)]
 
 
 USERS = SERVERS = st.integers(0, 2)  # by number: what is drawn must not depend on the order in which threads run
@@ -443,7 +459,8 @@ SURPRISES = st.lists(st.tuples(st.sampled_from(CHANGES), USERS, SERVERS, st.inte
 def check_order(seen: list[Seen], at_first: Mapping[str, Then], one_by_one: bool) -> None:
     """Each server and user was due, and still the same one, at a look since the last try to delete it.
 
-    If requests are sent one by one, that look is the request right before the DELETE.
+    A page of the user list is a look, too, for where an ingress answers the others. If requests are sent one by one,
+    the look is the request right before the DELETE.
     """
     last_try: dict[tuple[str, str | None], int] = {}
     for number, each in enumerate(seen):
@@ -453,9 +470,9 @@ def check_order(seen: list[Seen], at_first: Mapping[str, Then], one_by_one: bool
         begin = last_try.get(key, -1) + 1
         last_try[key] = number
         before = seen[max(begin, number - 1) if one_by_one else begin : number]
-        looks = [look for look in before if look.is_look and look.user == each.user and look.fine]
+        looks = [then for look in before if (then := look.look_at(each.user))]
         assert looks, "a DELETE without a look"
-        wrongs = [what_is_wrong(each, look.then, at_first.get(each.user, NOBODY)) for look in looks]
+        wrongs = [what_is_wrong(each, then, at_first.get(each.user, NOBODY)) for then in looks]
         assert "" in wrongs, wrongs
         if each.is_user_delete:
             assert not each.then.servers, "deleted a user with a server"
@@ -464,7 +481,7 @@ def check_order(seen: list[Seen], at_first: Mapping[str, Then], one_by_one: bool
 def what_is_wrong(delete: Seen, at_look: Then, at_first: Then) -> str:
     """Why the look does not allow the DELETE; empty if it does."""
     if at_look.user is None:
-        return ""
+        return "deleted a user or server that did not exist"
     if delete.is_stop:
         if delete.server not in at_look.due:
             return "stopped a server that was not due"

@@ -12,7 +12,17 @@ from urllib.parse import quote, unquote
 import pytest
 from conftest import Cull
 from hub import RealHub, full_name
-from scripted_hub import LONG_AGO, PREFIX, ScriptedHub, edited, redirect, respond_json
+from scripted_hub import (
+    LONG_AGO,
+    PREFIX,
+    Reply,
+    ScriptedHub,
+    edited,
+    html,
+    redirect,
+    respond,
+    respond_json,
+)
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 ODD_NAMES = [
@@ -182,6 +192,27 @@ def test_a_name_is_percent_encoded_with_nothing_safe(cull_scripted: Cull, script
     scripted.add(name, idle=LONG_AGO)
     cull_scripted("--timeout", "1h", "--cull-users")
     assert raw_deletes(scripted) == [f"/users/{quote(name, safe='')}/server", f"/users/{quote(name, safe='')}"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(respond(500), id="500"),
+        pytest.param(html(502), id="502"),
+        pytest.param(respond(200, b'{"items": [{"name": "an'), id="half an answer"),
+        pytest.param(respond_json(403, {"status": 403, "message": "Forbidden"}), id="403"),
+    ],
+)
+def test_a_name_is_not_culled_if_it_is_unclear_whether_a_proxy_decodes_it(
+    cull_scripted: Cull, scripted: ScriptedHub, answer: Reply
+) -> None:
+    """Behind a proxy that decodes, `DELETE /users/ann%2Fserver` would stop ann's server."""
+    scripted.add_user("ann/server", idle=LONG_AGO)
+    scripted.fault("GET", "%2Fusers.*", answer, times=None)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert scripted.lines("DELETE") == []
+    assert result.outcomes == {"user ann/server": "failed"}
+    assert result.exit_code == 1
 
 
 # Letters, marks, digits and signs, a few of each: the more alike, the better can one be taken for another.
