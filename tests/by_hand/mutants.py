@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import hashlib
+import io
 import json
 import os
 import random
@@ -30,7 +31,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = "cull_idle.py"
 COPIED = (MODULE, "README.md", "LICENSE", "pyproject.toml", "tests")
 # Without the options of pyproject.toml: no other processes, and nothing is written into the tree.
-PYTEST = ("-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler")
+PYTEST = (
+    *("-o", "addopts=", "-q", "-x", "-W", "ignore::pytest.PytestAssertRewriteWarning"),
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"),
+)
 FIRST = 40  # tests, before all others of a line: most mutants need no more
 MEMORY = 4 << 30  # bytes, for a mutant that allocates without end
 
@@ -117,7 +121,7 @@ class Finder(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.stmt):
             self._visit_statement(node)
-        elif not isinstance(node, ast.JoinedStr):
+        elif not isinstance(node, ast.JoinedStr) and not is_type_variable(node):
             self._visit_children(node)
 
     def _visit_children(self, node: ast.AST) -> None:
@@ -277,6 +281,10 @@ def is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
+def is_type_variable(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "TypeVar"
+
+
 def is_for_others(node: ast.If) -> bool:
     """What only a type checker runs, or only a shell."""
     return any(isinstance(each, ast.Name) and each.id in ("TYPE_CHECKING", "__name__") for each in ast.walk(node.test))
@@ -400,13 +408,10 @@ def copy_tree(directory: Path) -> Path:
 def warm_up(tree: Path, tests: Sequence[str]) -> None:
     """Import what the tests import, and compile them, but forget what is of the tree: a fork imports that anew."""
     path = sys.path[:]
-    silent = os.open(os.devnull, os.O_WRONLY)
-    streams = os.dup(1), os.dup(2)
-    for descriptor in (1, 2):
-        os.dup2(silent, descriptor)
-    run_pytest(tree, "--collect-only", *tests)
-    for descriptor, stream in zip((1, 2), streams, strict=True):
-        os.dup2(stream, descriptor)
+    with redirect_stdout(io.StringIO()) as output:
+        exit_code = run_pytest(tree, "--collect-only", *tests)
+    if exit_code:
+        sys.exit(output.getvalue())
     sys.path[:] = path
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(str(tree)):
@@ -470,8 +475,10 @@ def record(tree: Path, files: Sequence[str], result: Path) -> int:
 
 def learn(directory: Path, files: Sequence[str]) -> Tests:
     """Run all tests once, or remember what they showed when they were last run like this."""
-    sources = [ROOT / MODULE, *sorted((ROOT / "tests").rglob("*.py"))]
-    digest = hashlib.sha256(b"".join([repr(files).encode(), *(path.read_bytes() for path in sources)])).hexdigest()
+    tested_by = (path for path in sorted((ROOT / "tests").rglob("*.py")) if path.parent != Path(__file__).parent)
+    digest = hashlib.sha256(
+        b"".join([repr(files).encode(), *(path.read_bytes() for path in [ROOT / MODULE, *tested_by])])
+    ).hexdigest()
     known = Path(tempfile.gettempdir()) / f"mutants-{os.getuid()}-{digest[:16]}.json"
     if not known.exists():
         say("running all tests once")
@@ -522,7 +529,7 @@ class Trial:
         if self.outcome:
             return True
         pid, status = os.waitpid(self._pid, os.WNOHANG)
-        late = time.monotonic() > self._end
+        late = time.monotonic() > self._end + 3 * waited_for_cpu(self._pid)
         if not pid and not late:
             return False
         with suppress(ProcessLookupError):
@@ -539,12 +546,31 @@ class Trial:
         return bool(self.outcome)
 
 
+def waited_for_cpu(pid: int) -> float:
+    """How many seconds a process was kept waiting because the machine was busy; Linux tells."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    return 0
+
+
+def wait_for_cpu() -> None:
+    """Wait until this process is not kept waiting: tests that measure time would fail, whatever the mutant."""
+    while True:
+        start, used = time.monotonic(), time.process_time()
+        while time.process_time() < used + 0.01:
+            pass
+        if time.monotonic() < start + 0.04:
+            return
+        time.sleep(0.5)
+
+
 def try_all(mutants: Sequence[Mutant], tests: Tests, places: list[Path], budget: float) -> Iterator[Trial]:
     """Try mutants, as many at a time as there are places."""
     todo = list(mutants)[::-1]
     running: list[Trial] = []
     while todo or running:
         while todo and len(running) < len(places):
+            wait_for_cpu()
             (free, *_) = [place for place in places if place not in [trial.directory for trial in running]]
             running.append(Trial(todo.pop(), free, tests, budget))
         for trial in running[:]:
@@ -615,7 +641,7 @@ def main() -> None:
         for number, trial in enumerate(try_all(chosen, tests, places, options.seconds), 1):
             mutant = trial.mutant
             outcomes[mutant.section][trial.outcome] += 1
-            if trial.outcome in ("survived", "run by no test"):
+            if trial.outcome != "killed":
                 print(f"{mutant.line} {mutant.function}: {trial.outcome}\n{mutant.difference(original)}", flush=True)
             if number % 50 == 0:
                 say(f"{number} of {len(chosen)}")
