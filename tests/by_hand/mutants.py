@@ -339,9 +339,11 @@ def find_uses(tree: ast.Module) -> Callable[[Iterable[str]], set[int]]:
 
 
 class Recorder:
-    """Learns how long each test takes, which ones fail, and which ones start processes."""
+    """Learns how long each test takes, which ones fail and which ones start processes, and what an import runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: Path) -> None:
+        self.module = str(module)
+        self.imported: list[int] = []
         self.seconds: dict[str, float] = defaultdict(float)
         self.failed: set[str] = set()
         self.starters: set[str] = set()
@@ -350,6 +352,10 @@ class Recorder:
     def _hear(self, event: str, _: object) -> None:
         if event == "subprocess.Popen":
             self.starters.add(os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0])
+
+    def pytest_collection_finish(self) -> None:
+        if measuring := coverage.Coverage.current():
+            self.imported = measuring.get_data().lines(self.module) or []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
@@ -431,19 +437,23 @@ def warm_up(tree: Path, tests: Sequence[str]) -> None:
 class Tests:
     """What a run of all tests has shown."""
 
-    def __init__(self, seconds: dict[str, float], starters: list[str], lines: dict[str, list[str]]) -> None:
+    def __init__(
+        self, seconds: dict[str, float], starters: list[str], imported: list[int], lines: dict[str, list[str]]
+    ) -> None:
         self.seconds = seconds
-        self._starters = starters
-        self._by_line = {int(line): tests for line, tests in lines.items()}
-        self._by_import = [line for line, tests in self._by_line.items() if "" in tests]
+        self._starters = {*starters}
+        self._imported = {*imported}
+        self._by_line = {int(line): {*tests} for line, tests in lines.items()}
         self._kills: dict[str, Counter[str]] = defaultdict(Counter)  # by function
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
         """The tests of a mutant: what killed others in the same function, then the quickest."""
-        found = {test for line in mutant.lines for test in self._by_line.get(line, ())} & self.seconds.keys()
-        if not found:  # run by no test in its own process
-            ran = not mutant.lines or any(line in self._by_line for line in mutant.lines)
-            found = set(self._starters if ran and mutant.lines else self.seconds if ran else ())
+        ran_by = set().union(*(self._by_line.get(line, set()) for line in mutant.lines))
+        found = ran_by & self.seconds.keys()
+        if not found and (not mutant.lines or mutant.lines & self._imported):
+            found = {*self.seconds}
+        elif not found and ran_by:  # by a process that a test starts
+            found = self._starters
         kills = self._kills[mutant.function]
         chosen: list[str] = []
         for test in sorted(found, key=lambda test: (-kills[test], test in self._starters, self.seconds[test])):
@@ -459,7 +469,7 @@ class Tests:
 
 def record(tree: Path, files: Sequence[str], result: Path) -> int:
     """Run all tests under coverage, and write what they show."""
-    recorder = Recorder()
+    recorder = Recorder(tree / MODULE)
     os.environ["COVERAGE_FILE"] = str(tree.parent / "coverage")
     os.environ["COVERAGE_CORE"] = "ctrace"  # the others know no contexts
     options = ["--cov", "--cov-context=test", "--cov-report=", "--maxfail=1000000"]
@@ -469,7 +479,7 @@ def record(tree: Path, files: Sequence[str], result: Path) -> int:
     contexts = measured.contexts_by_lineno(str(tree / MODULE))
     fine = {test: seconds for test, seconds in recorder.seconds.items() if test not in recorder.failed}
     lines = {line: sorted({context.rpartition("|")[0] for context in found}) for line, found in contexts.items()}
-    result.write_text(json.dumps([fine, sorted(recorder.starters & fine.keys()), lines]))
+    result.write_text(json.dumps([fine, sorted(recorder.starters & fine.keys()), recorder.imported, lines]))
     return 0
 
 
