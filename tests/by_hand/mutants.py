@@ -90,6 +90,7 @@ class Mutant(NamedTuple):
     section: str
     function: str  # qualified; of a constant its name
     lines: frozenset[int]  # a test that runs any of these may notice
+    imported: bool  # an import runs the line itself
     source: str
 
     def difference(self, original: str) -> str:
@@ -265,7 +266,7 @@ class Finder(ast.NodeVisitor):
         source = (self.bytes[:start] + text.encode() + self.bytes[end:]).decode()
         section = max((number for number in self._sections if number < node.lineno), default=0)
         title = re.split(r"[:,]", self._sections.get(section, "# ---- The top")[7:].strip())[0]
-        self.mutants.append(Mutant(node.lineno, title, ".".join(self._names), self._lines, source))
+        self.mutants.append(Mutant(node.lineno, title, ".".join(self._names), self._lines, not self._functions, source))
 
     def _span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
         """Where the text of a node starts and ends, in bytes."""
@@ -444,19 +445,23 @@ class Tests:
         self._starters = {*starters}
         self._imported = {*imported}
         self._by_line = {int(line): {*tests} for line, tests in lines.items()}
-        self._kills: dict[str, Counter[str]] = defaultdict(Counter)  # by function
+        self._kills: dict[str, Counter[str]] = defaultdict(Counter)  # by group
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
         """The tests of a mutant: what killed others in the same function, then the quickest."""
         ran_by = set().union(*(self._by_line.get(line, set()) for line in mutant.lines))
         found = ran_by & self.seconds.keys()
-        if not found and (not mutant.lines or mutant.lines & self._imported):
-            found = {*self.seconds}
-        elif not found and ran_by:  # by a process that a test starts
+        if mutant.imported or (not found and mutant.lines & self._imported):
+            found = {*self.seconds}  # any test may notice, most of all one that uses what was changed
+        elif ran_by and not found:  # by a process that a test starts
             found = self._starters
-        kills = self._kills[mutant.function]
+        kills = self._kills[group(mutant)]
+
+        def place(test: str) -> tuple[int, bool, float]:
+            return -kills[test], test in self._starters, self.seconds[test] * (1 if test in ran_by else 3)
+
         chosen: list[str] = []
-        for test in sorted(found, key=lambda test: (-kills[test], test in self._starters, self.seconds[test])):
+        for test in sorted(found, key=place):
             budget -= self.seconds[test]
             if budget < 0 and chosen:
                 break
@@ -464,7 +469,12 @@ class Tests:
         return chosen
 
     def count_kill(self, mutant: Mutant, test: str) -> None:
-        self._kills[mutant.function][test] += 1
+        self._kills[group(mutant)][test] += 1
+
+
+def group(mutant: Mutant) -> str:
+    """What is likely to be noticed by the same tests: a function, or all constants of a class."""
+    return mutant.function.rpartition(".")[0] if mutant.imported else mutant.function
 
 
 def record(tree: Path, files: Sequence[str], result: Path) -> int:

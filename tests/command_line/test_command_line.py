@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import click
@@ -105,6 +106,30 @@ def test_an_option_sets_what_it_says(settings_of: Any, args: list[str], name: st
     assert getattr(settings_of(*args), name) == value
 
 
+@pytest.mark.parametrize("option", ["--cull-every", "--warn-before"])
+def test_a_duration_may_be_a_year_but_no_longer(cull: Cull, settings_of: Any, option: str) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    assert getattr(settings_of("--timeout=never", f"{option}=365d"), name) == timedelta(days=365)
+    result = cull("--timeout=never", f"{option}=365d1s")
+    assert result.exit_code == 2
+    assert option in result.err
+    assert "365d" in result.err
+
+
+def test_a_metrics_file_may_be_a_name_in_the_current_directory(
+    settings_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--metrics-file=cull.prom").metrics_file == "cull.prom"
+
+
+def test_a_directory_is_no_metrics_file(cull: Cull, tmp_path: Path) -> None:
+    result = cull(f"--metrics-file={tmp_path}")
+    assert result.exit_code == 2
+    assert "--metrics-file" in result.err
+    assert str(tmp_path) in result.err
+
+
 @pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
 def test_a_maximum_age_of_0_is_none(settings_of: Any, value: str) -> None:
     assert settings_of(f"--max-age={value}").policies._servers[0].max_age.duration == NEVER
@@ -158,6 +183,14 @@ def test_the_help_is_grouped_and_fits_80_columns(cull: Cull, flag: str) -> None:
     assert headings == ["What to cull:", "When:", "The Hub:", "Output:"]
     assert max(map(len, result.out.splitlines())) <= 80
     assert "--cull-users[=BOOL]" in result.out
+
+
+def test_the_help_shows_what_a_value_looks_like_and_the_defaults(cull: Cull) -> None:
+    words = " ".join(cull("--help").out.split())
+    for usage in ("--timeout DURATION|never", "--cull-every DURATION ", "--cull-users[=BOOL]", "--max-culls N|N%"):
+        assert f" {usage}" in words
+    for default in ("10m", "never", "true", "false", "http://127.0.0.1:8081/hub/api"):
+        assert f"[default: {default}" in words
 
 
 def test_every_option_has_a_help_that_is_a_sentence() -> None:
