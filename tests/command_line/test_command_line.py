@@ -93,7 +93,12 @@ def test_the_defaults_are_the_references(settings_of: Any) -> None:
         (["--timeout=never", "--max-age=1h"], "interval", 30 * MINUTE),
         (["--timeout=never"], "interval", 5 * MINUTE),
         (["--timeout=0"], "interval", 5 * MINUTE),
+        (["--timeout=0", "--max-age=1h"], "interval", 30 * MINUTE),
         (["--timeout=1"], "interval", MINUTE / 60),
+        (["--concurrency=1"], "concurrency", 1),
+        (["--concurrency=1000"], "concurrency", 1000),
+        (["--request-timeout=0.001"], "request_timeout", MINUTE / 60_000),
+        (["--request-timeout=1d"], "request_timeout", timedelta(days=1)),
         (["--url=https://hub.example.org/hub/api/"], "url", "https://hub.example.org/hub/api"),
         (["--api-page-size=0"], "api_page_size", 0),
         (["-v"], "level", "debug"),
@@ -104,6 +109,15 @@ def test_the_defaults_are_the_references(settings_of: Any) -> None:
 )
 def test_an_option_sets_what_it_says(settings_of: Any, args: list[str], name: str, value: object) -> None:
     assert getattr(settings_of(*args), name) == value
+
+
+@pytest.mark.parametrize(
+    "arg", ["--concurrency=0", "--concurrency=1001", "--request-timeout=0", "--request-timeout=25h"]
+)
+def test_a_number_outside_its_bounds_is_refused(cull: Cull, arg: str) -> None:
+    result = cull(arg)
+    assert result.exit_code == 2
+    assert arg.partition("=")[0] in result.err
 
 
 @pytest.mark.parametrize("option", ["--cull-every", "--warn-before"])
