@@ -1119,7 +1119,7 @@ READ_SIZE = 1 << 16  # bytes
 LARGEST_LIST = 1 << 28  # bytes; half a million users, from a Hub before 2.0, which has no pages
 MOST_CONNECTIONS = 1000
 LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has some 300 KB
-CONNECT_TIMEOUT = timedelta(seconds=10)
+CONNECT_SECONDS = 10.0
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
 TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
 TOKEN_HINT = (
@@ -1185,7 +1185,7 @@ class Page(NamedTuple):
         """Where the next page starts, None after the last. Raises HubError if that makes no sense."""
         if self.following is None:
             return None
-        offset = self.following.get("offset") if isinstance(self.following, dict) else self.following
+        offset = self.following.get("offset") if isinstance(self.following, dict) else None
         total = self.total if isinstance(self.total, int) else sys.maxsize
         if type(offset) is not int or not self.offset < offset < total:
             shown = one_line(str(offset), 40)
@@ -1236,7 +1236,8 @@ class Hub:
     """The REST API of one Hub, as far as culling needs it. Threads may share it.
 
     Every method that sends a request raises HubError, or its TryAgain where another try may help.
-    The token goes into the Authorization header of requests to the Hub, and nowhere else.
+    The token goes into the Authorization header of requests to the Hub, and nowhere else: no redirect is followed,
+    and no .netrc and no cookies are used.
     """
 
     def __init__(
@@ -1244,7 +1245,11 @@ class Hub:
     ) -> None:
         self.url = url
         self.version: str | None = None  # of JupyterHub, once it has said so
-        self._token = token
+        self._headers = {
+            "Authorization": f"token {token}",
+            "Accept": "application/jupyterhub-pagination+json",
+            "User-Agent": f"cull_idle/{__version__}",
+        }
         self._timeout = request_timeout
         self._certificate = certificate
         self._probing = threading.Lock()
@@ -1254,8 +1259,8 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_session" in vars(self):
-            self._session.close()
+        if "_adapter" in vars(self):
+            self._adapter.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
@@ -1347,15 +1352,11 @@ class Hub:
                 )
 
     def _is_decoded(self, code: str) -> bool:
-        """True if a request that is only correct with this code decoded is answered with the user list."""
-        try:
-            answer = self._request("GET", PROBES[code], {"limit": 1})
-            with parsing:
-                return read_page(answer, 0) is not None
-        except ValueError:
-            return False
-        except (RecursionError, TooMuchData):
-            return True
+        """True if a path that only leads to the user list with this code decoded does not lead to nowhere."""
+        answer = self._request("GET", PROBES[code], {"limit": 1})
+        if answer.status in (200, 404):
+            return answer.status == 200
+        raise HubError(f"GET {PROBES[code]}: {self.url} {answer}, so it is not known whether a proxy decodes paths")
 
     @property
     def _api_hint(self) -> str:
@@ -1371,16 +1372,15 @@ class Hub:
 
         import requests
 
-        request = requests.Request(method, self.url, json=body)
-        prepared = self._session.prepare_request(request)
-        prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # as it is: not normalized
-        read_timeout = self._timeout.total_seconds()
-        connect_timeout = min(read_timeout, CONNECT_TIMEOUT.total_seconds())
+        prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
+        prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would normalize it
+        timeout = self._timeout.total_seconds()
+        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
         requested = time.monotonic()
         try:
-            with self._session.send(
-                prepared, timeout=(connect_timeout, read_timeout), allow_redirects=False, stream=True
-            ) as response:
+            # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
+            response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport)
+            with response:
                 content = read_body(response, f"{method} {path}: {self.url}")
         except OSError as error:  # all exceptions of requests are
             raise no_answer(method, path, self.url, error, self._timeout) from None
@@ -1400,29 +1400,20 @@ class Hub:
         return answer
 
     @cached_property
-    def _session(self) -> requests.Session:
-        """A session of requests that uses no .netrc, no cookies, and a proxy for https: only."""
-        from http.cookiejar import DefaultCookiePolicy
-
+    def _transport(self) -> dict[str, Any]:
+        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
         import requests
 
-        session = requests.Session()
-        session.headers.update(
-            {
-                "Authorization": f"token {self._token}",
-                "Accept": "application/jupyterhub-pagination+json",
-                "User-Agent": f"cull_idle/{__version__}",
-            }
-        )
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        if self._certificate:
-            session.verify, session.cert = self._certificate.ca, (self._certificate.cert, self._certificate.key)
-        if self.url.startswith("https:"):
-            found = session.merge_environment_settings(self.url, {}, None, session.verify, session.cert)
-            session.verify, session.proxies = found["verify"], found["proxies"]
-        session.trust_env = False  # no .netrc, and no proxy for http:, which would see the token
-        session.mount(self.url, adapter_with_deadline())
-        return session
+        verify: Any = self._certificate.ca if self._certificate else None
+        cert = (self._certificate.cert, self._certificate.key) if self._certificate else None
+        if not self.url.startswith("https:"):
+            return {"verify": verify, "cert": cert}
+        found = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
+        return {key: found[key] for key in ("verify", "cert", "proxies")}
+
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        return adapter_with_deadline()
 
 
 class DeadlineReader(io.RawIOBase):
@@ -1895,21 +1886,24 @@ def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: in
 class OwnStops:
     """Tells the activity of users from that of our own stops: the Hub takes a stop for an activity of the user.
 
-    A user who may be deleted is looked at right after each stop. What shows up then as the last activity is the
-    stop's; whatever else any look has shown is the user's.
+    A user who may be deleted is looked at right after each stop. A last activity that is new then is the stop's;
+    whatever else any look has shown is the user's.
     """
 
     def __init__(self) -> None:
+        self._before: dict[tuple[str, str], datetime | None] = {}  # by user and server
         self._seen: dict[str, set[datetime | None]] = {}
         self._caused: dict[str, set[datetime | None]] = {}
 
-    def see(self, user: User) -> None:
-        """Remember the last activity at any look."""
+    def see_before_stop(self, user: User, server_name: str) -> None:
+        """Remember the last activity right before the stop of a server."""
+        self._before[user.name, server_name] = user.last_activity
         self._seen.setdefault(user.name, set()).add(user.last_activity)
 
-    def see_after_stop(self, user: User) -> None:
-        """Remember the last activity right after a stop."""
-        self._caused.setdefault(user.name, set()).add(user.last_activity)
+    def see_after_stop(self, user: User, server_name: str) -> None:
+        """Remember the last activity right after it."""
+        if user.last_activity != self._before.get((user.name, server_name)):
+            self._caused.setdefault(user.name, set()).add(user.last_activity)
 
     def without(self, user: User) -> User:
         """The user, last active when they themselves last did something."""
@@ -1935,20 +1929,22 @@ class Culling:
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
-        staying: set[str] = set()
-        servers = self.findings.servers.values()
-        for event in self._in_parallel(self._cull_server, servers):
-            if isinstance(event.target, Server) and event.outcome not in (Outcome.CULLED, Outcome.GONE):
-                staying.add(event.target.user)
+        outcomes: dict[str, set[Outcome]] = {}  # of the servers, by user
+        for event in self._in_parallel(self._cull_server, self.findings.servers.values()):
+            if isinstance(event.target, Server):
+                outcomes.setdefault(event.target.user, set()).add(event.outcome)
             if event.outcome is not Outcome.PLANNED:
                 yield event
-        vacant = [decision for name, decision in self.findings.users.items() if name not in staying]
+        vacant = []
+        for name, decision in self.findings.users.items():
+            staying = outcomes.get(name, set()) - {Outcome.CULLED, Outcome.GONE}
+            if not staying:
+                vacant.append(decision)
+            elif Outcome.PLANNED not in staying:
+                yield Event(decision.target, Outcome.SPARED, "a server is still there", decision.verdict)
         for event in self._in_parallel(self._cull_user, vacant):
             if event.outcome is not Outcome.PLANNED:
                 yield event
-        for name in staying & self.findings.users.keys():
-            user, verdict, _ = self.findings.users[name]
-            yield Event(user, Outcome.SPARED, "a server is still there", verdict)
 
     def _in_parallel(
         self, cull: Callable[[Decision[Target]], Event], decisions: Iterable[Decision[Target]]
@@ -1960,10 +1956,12 @@ class Culling:
             if self._is_over():
                 return planned
             try:
-                return with_retries(partial(cull, decision), self.stop)
+                event = with_retries(partial(cull, decision), self.stop)
             except HubError as error:
-                self.ended = self.ended or error.refused
-                return planned._replace(outcome=Outcome.FAILED, error=error)
+                event = planned._replace(outcome=Outcome.FAILED, error=error)
+            if event.error and event.error.refused:
+                self.ended = True
+            return event
 
         for event in in_parallel(attempt, decisions, self.settings.concurrency):
             if event.outcome is not Outcome.PLANNED:
@@ -1993,7 +1991,7 @@ class Culling:
         user, now = self._look(server.user, decision)
         if user is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
-        self.own_stops.see(user)
+        self.own_stops.see_before_stop(user, server.name)
         fresh = user.server(server.name)
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="not running any more")
@@ -2033,7 +2031,7 @@ class Culling:
             with contextlib.suppress(HubError):
                 user, _ = self._look(decision.target.user, decision)
                 if user:
-                    self.own_stops.see_after_stop(user)
+                    self.own_stops.see_after_stop(user, decision.target.name)
 
     def _cull_user(self, decision: Decision[User]) -> Event:
         """Look at a user again, now that all servers are stopped, and delete the user if that is still due."""

@@ -1,6 +1,8 @@
 """Options, the sources of their values, and --help."""
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -73,7 +75,12 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         (["--timeout=never", "--max-age=1h"], "interval", 30 * MINUTE),
         (["--timeout=never"], "interval", 5 * MINUTE),
         (["--timeout=0"], "interval", 5 * MINUTE),
+        (["--timeout=0", "--max-age=1h"], "interval", 30 * MINUTE),
         (["--timeout=1"], "interval", MINUTE / 60),
+        (["--concurrency=1"], "concurrency", 1),
+        (["--concurrency=1000"], "concurrency", 1000),
+        (["--request-timeout=0.001"], "request_timeout", MINUTE / 60_000),
+        (["--request-timeout=1d"], "request_timeout", timedelta(days=1)),
         (["--url=https://hub.example.org/hub/api/"], "url", "https://hub.example.org/hub/api"),
         (["--api-page-size=0"], "api_page_size", 0),
         (["-v"], "level", "debug"),
@@ -84,6 +91,39 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
 )
 def test_an_option_sets_its_value(settings_of: SettingsOf, args: list[str], name: str, value: object) -> None:
     assert getattr(settings_of(*args), name) == value
+
+
+@pytest.mark.parametrize(
+    "arg", ["--concurrency=0", "--concurrency=1001", "--request-timeout=0", "--request-timeout=25h"]
+)
+def test_a_number_outside_its_bounds_is_refused(cull: Cull, arg: str) -> None:
+    result = cull(arg)
+    assert result.exit_code == 2
+    assert arg.partition("=")[0] in result.err
+
+
+@pytest.mark.parametrize("option", ["--cull-every", "--warn-before"])
+def test_a_duration_may_be_a_year_but_no_longer(cull: Cull, settings_of: Any, option: str) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    assert getattr(settings_of("--timeout=never", f"{option}=365d"), name) == timedelta(days=365)
+    result = cull("--timeout=never", f"{option}=365d1s")
+    assert result.exit_code == 2
+    assert option in result.err
+    assert "365d" in result.err
+
+
+def test_a_metrics_file_may_be_a_name_in_the_current_directory(
+    settings_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--metrics-file=cull.prom").metrics_file == "cull.prom"
+
+
+def test_a_directory_is_no_metrics_file(cull: Cull, tmp_path: Path) -> None:
+    result = cull(f"--metrics-file={tmp_path}")
+    assert result.exit_code == 2
+    assert "--metrics-file" in result.err
+    assert str(tmp_path) in result.err
 
 
 @pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
@@ -141,6 +181,14 @@ def test_the_help_is_grouped_and_fits_80_columns(cull: Cull, flag: str) -> None:
     assert headings == ["What to cull:", "When:", "The Hub:", "Output:"]
     assert max(map(len, result.out.splitlines())) <= 80
     assert "--cull-users[=BOOL]" in result.out
+
+
+def test_the_help_shows_what_a_value_looks_like_and_the_defaults(cull: Cull) -> None:
+    words = " ".join(cull("--help").out.split())
+    for usage in ("--timeout DURATION|never", "--cull-every DURATION ", "--cull-users[=BOOL]", "--max-culls N|N%"):
+        assert f" {usage}" in words
+    for default in ("10m", "never", "true", "false", "http://127.0.0.1:8081/hub/api"):
+        assert f"[default: {default}" in words
 
 
 def test_every_option_has_a_help_that_is_a_sentence() -> None:

@@ -142,6 +142,12 @@ def test_the_generated_file_without_its_comment_signs_sets_the_defaults(
     assert replace(settings_of(f"--config={config}"), config=None) == settings_of()
 
 
+def test_a_file_is_generated_whatever_the_other_options_and_nothing_else_is_done(cull: Cull) -> None:
+    result = cull("--timeout=wrong", "--generate-config", env={"CULL_IDLE_MAX_AGE": "wrong"})
+    assert (result.exit_code, result.err) == (0, "")
+    assert result.out == cull("--generate-config").out
+
+
 def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: SettingsOf) -> None:
     out = cull("--generate-config").out
     named = set(re.findall(r"^##? ([\w-]+) = ", out, re.MULTILINE))

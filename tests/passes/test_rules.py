@@ -167,6 +167,15 @@ def test_the_dry_run_names_the_rule_that_decided(cull_scripted: Cull, scripted: 
     assert "rule 1: user=bob keep" in bob
 
 
+def test_the_dry_run_names_the_rule_that_keeps_a_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add_user("ann", idle=IDLE)
+    scripted.add_user("bob", idle=IDLE)
+    result = cull_scripted("--dry-run", "-v", "--cull-users", *rules("user=cat keep", "user=bob keep"))
+    (line,) = [line for line in result.table if "bob" in line]
+    assert "rule 2" in line
+    assert "rule" not in next(line for line in result.table if "ann" in line)
+
+
 def test_the_second_look_obeys_the_rules_too(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", then_do(lambda: setattr(scripted.users["ann"], "groups", ["staff"])))

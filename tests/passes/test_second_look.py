@@ -312,7 +312,7 @@ def test_a_user_who_was_active_after_its_servers_were_stopped_is_spared(
     scripted.add("ann", idle=LONG_AGO)
     later = scripted.now + timedelta(seconds=30)
     log_in = then_do(lambda: setattr(scripted.users["ann"], "last_activity", later))
-    scripted.fault("GET", "/users/ann", normal(), log_in)
+    scripted.fault("GET", "/users/ann", normal(), normal(), log_in)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
     assert result.outcomes["user ann"] == "spared"
@@ -454,7 +454,7 @@ def test_a_login_that_the_look_at_a_second_server_shows_keeps_the_user(
     scripted.now = scripted.now.replace(microsecond=0)
     scripted.add("ann", idle=LONG_AGO)
     scripted.add("ann", "gpu", idle=LONG_AGO)
-    scripted.fault("GET", "/users/ann", normal(), log_in_later(scripted))
+    scripted.fault("GET", "/users/ann", normal(), normal(), log_in_later(scripted))
     cull_scripted("--timeout=1h", "--cull-users", "--concurrency=1")
     assert "ann" in scripted.users
     assert scripted.running() == set()
@@ -485,6 +485,6 @@ def test_a_stop_whose_answer_has_no_date_hides_no_login(cull_scripted: Cull, scr
         scripted.users["ann"].last_activity = scripted.now
 
     scripted.fault("DELETE", "/users/ann/server", dateless)
-    scripted.fault("GET", "/users/ann", normal(), then_do(log_in))
+    scripted.fault("GET", "/users/ann", normal(), normal(), then_do(log_in))
     cull_scripted("--timeout=1h", "--cull-users")
     assert "ann" in scripted.users

@@ -1,13 +1,38 @@
 """Which servers are stopped and which users deleted: pure decisions, as tables."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cull_idle import NEVER, Limit, Policy, Server, judge_server, judge_user
+from cull_idle import NEVER, Limit, Policy, Server, User, judge_server, judge_user
+
+NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+SECOND = timedelta(seconds=1)
+POLICY = Policy(timeout=Limit(HOUR), max_age=Limit(NEVER))
+
+
+def server(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> Server:
+    started = None if age is None else NOW - age
+    values: dict[str, Any] = {
+        "user": "ann",
+        "name": "",
+        "ready": True,
+        "pending": "",
+        "doubt": "",
+        "model": {},
+        "user_model": {},
+    }
+    return Server(**{**values, "started": started, "last_activity": NOW - idle, **fields})
+
+
+def user(idle: timedelta = 2 * HOUR, age: timedelta | None = 3 * HOUR, **fields: Any) -> User:
+    created = None if age is None else NOW - age
+    values: dict[str, Any] = {"name": "ann", "admin": False, "servers": [], "doubt": "", "model": {}}
+    return User(**{**values, "created": created, "last_activity": NOW - idle, **fields})
 
 
 @pytest.mark.parametrize(
