@@ -24,6 +24,8 @@ from scripted_hub import (
     respond_json,
 )
 
+import cull_idle
+
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 ODD_NAMES = [
     pytest.param("alice?x", id="query"),
@@ -78,6 +80,7 @@ def segments(target: str) -> list[str]:
 
 def escaped(name: str) -> str:
     """The name as the log shows it."""
+    name = name if len(name) <= cull_idle.LONGEST_TEXT else name[: cull_idle.LONGEST_TEXT - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
