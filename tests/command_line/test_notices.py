@@ -22,7 +22,7 @@ from hub import RealHub
 from scripted_hub import ScriptedHub, edited, respond, respond_json, then_do
 from test_loop import Start
 from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
-from test_readme import BLOCKS
+from test_readme import DEPLOY
 from test_warnings import Loop
 
 import cull_idle
@@ -595,16 +595,10 @@ def test_passes_leave_no_process_file_or_thread_behind(
     assert not zombies()
 
 
-# The README's examples
+# The examples in deploy
 
 
-def example(word: str) -> str:
-    """The script in the README that has this word in it."""
-    (text,) = (block.text for block in BLOCKS if word in block.text and block.text.startswith("#!"))
-    return text
-
-
-def test_the_readmes_mail_is_written_to_who_is_warned(
+def test_the_mail_is_written_to_who_is_warned(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, bin_ = tmp_path / "written", tmp_path / "bin"
@@ -613,7 +607,7 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
     scripted.add("dan", "gpu", idle=NEARLY)
     scripted.add("ann", idle=IDLE)
-    script = write_script(tmp_path / "script", example("mail -s"))
+    script = write_script(tmp_path / "script", DEPLOY["notify-mail"])
     result = cull_scripted(*WARN, "--notify", script)
     assert errors(result.lines) == []
     last_activity = scripted.users["dan"].servers["gpu"].last_activity
@@ -625,7 +619,7 @@ def test_the_readmes_mail_is_written_to_who_is_warned(
 
 
 @pytest.mark.parametrize("name", ["-fdan", "dan eve", "|id", "/etc/passwd", "dan,eve", "a\nb", "dän"])
-def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
+def test_the_mail_goes_to_nobody_whose_name_is_no_address(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     written, bin_ = tmp_path / "written", tmp_path / "bin"
@@ -633,17 +627,17 @@ def test_the_readmes_mail_goes_to_nobody_whose_name_is_no_address(
     write_script(bin_ / "mail", f"#!/bin/sh\ncat > '{written}'\n")
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
     scripted.add(name, idle=NEARLY)
-    (error,) = errors(cull_scripted(*WARN, "--notify", write_script(tmp_path / "script", example("mail -s"))).lines)
+    (error,) = errors(cull_scripted(*WARN, "--notify", write_script(tmp_path / "script", DEPLOY["notify-mail"])).lines)
     assert "exited with 1: " in error
     assert not written.exists()
 
 
 @pytest.fixture
 def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ScriptedHub, str]]:
-    """Something that takes POST, and the README's script, which posts to it."""
+    """Something that takes POST, and the script of deploy, which posts to it."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    text = example("urlopen")
+    text = DEPLOY["notify-webhook"]
     url = "https://chat.example.org/hooks/xyz"
     assert url in text
     with ScriptedHub() as chat:
@@ -651,7 +645,7 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scri
         yield chat, write_script(tmp_path / "script", text.replace(url, f"{chat.url}/hooks/xyz"))
 
 
-def test_the_readmes_webhook_posts_everything(
+def test_the_webhook_posts_everything(
     cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
 ) -> None:
     scripted.add("dan", "gpu", idle=NEARLY)

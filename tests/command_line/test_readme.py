@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +21,12 @@ import cull_idle
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+OF_TESTS = (ROOT / "tests/README.md").read_text("utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 class Block(NamedTuple):
-    """A block of code in the README."""
+    """A block of code in the README, or a file of deploy."""
 
     language: str
     text: str
@@ -41,6 +45,8 @@ def code_blocks() -> list[Block]:
 
 
 BLOCKS = code_blocks()
+DEPLOY = {file.name: file.read_text("utf-8") for file in sorted((ROOT / "deploy").iterdir())}
+SCOPES = ["list:users", "read:users:activity", "read:servers", "delete:servers"]  # what every pass needs
 
 
 def blocks(*languages: str) -> list[Any]:
@@ -51,9 +57,10 @@ def blocks(*languages: str) -> list[Any]:
 
 def section(heading: str) -> str:
     """What stands under a heading, up to the next one."""
-    _, _, rest = README.partition(f"# {heading}\n")
-    assert rest, f"the README has no heading {heading}"
-    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    parts = re.split(r"^#+ (.*)\n", README, flags=re.MULTILINE)
+    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert heading in found, f"the README has no heading {heading}"
+    return found[heading]
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -113,8 +120,13 @@ def test_the_readme_explains_every_word_of_the_log() -> None:
 
 
 def test_commands_in_the_readme_use_options_that_exist() -> None:
+    texts = [*(block.text for block in BLOCKS), *DEPLOY.values()]
     commands = [
-        command for block in BLOCKS for command in re.findall(r"(?:cull-idle|cull_idle\.py)(?=\W+-).*", block.text)
+        command
+        for text in texts
+        for command in re.findall(
+            r"(?:bin/cull-idle|^cull-idle|&& cull-idle|cull_idle\.py)(?=\W+-)[^|&]*", text, re.MULTILINE
+        )
     ]
     used = {option for command in commands for option in re.findall(r"(?<=[\s\"'])--?[a-z][\w-]*", command)}
     assert used >= {"--once", "--dry-run", "--timeout", "--token-file", "-q", "-v"}
@@ -137,7 +149,7 @@ def test_configuration_in_the_readme_is_taken(text: str, tmp_path: Path) -> None
 
 
 def test_rules_in_the_readme_are_taken() -> None:
-    shown = [rule for rule, _ in rows("Exceptions")]
+    shown = [rule for rule, _ in rows("Rules")]
     assert shown
     for rule in [*shown, *re.findall(r"--rule '(.*?)'", README)]:
         cull_idle.parse_rule(rule)
@@ -159,7 +171,7 @@ def test_the_arbiter_in_the_readme_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_what_an_arbiter_is_given() -> None:
-    assert {keyword for keyword, _ in rows("A decision of your own")} == cull_idle.ARBITER_ARGUMENTS
+    assert {keyword for keyword, _ in rows("Your own decision: an arbiter")} == cull_idle.ARBITER_ARGUMENTS
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -167,11 +179,44 @@ def test_python_in_the_readme_compiles(text: str) -> None:
     compile(text, "README.md", "exec")
 
 
-def test_the_scopes_in_the_readme_are_those_the_program_asks_for() -> None:
-    role = cull_idle.role_for(settings_from(), None)
-    wanted = re.findall(r'"([a-z]+:[a-z:]+)"', role)
-    assert wanted
-    assert re.findall(r'"([a-z]+:[a-z:]+)"', section("A first real run")) == wanted
+def scopes_in(text: str) -> list[str]:
+    """The scopes in a snippet, in quotes or without, in order."""
+    return re.findall(r"\b(?:list|read|delete|admin):[a-z:_]+", text)
+
+
+@pytest.mark.parametrize("text", [block.text for block in BLOCKS if "scopes" in block.text])
+def test_each_role_in_the_readme_has_the_scopes_that_a_pass_needs(text: str) -> None:
+    """That they suffice, tests on a real Hub show."""
+    assert scopes_in(text) == SCOPES
+
+
+@pytest.mark.parametrize("scope", [scope for scope in SCOPES if scope != "read:users:activity"])
+def test_the_program_names_a_scope_of_the_readme_that_is_missing(
+    cull_scripted: Cull, scripted: ScriptedHub, scope: str
+) -> None:
+    scripted.scopes = [each for each in SCOPES if each != scope]
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == cull_idle.Exit.NO_HUB
+    assert f"lacks {scope}" in result.err
+
+
+def test_a_token_for_a_first_look_has_no_scope_to_change_anything(cull: Cull, scripted: ScriptedHub) -> None:
+    (line,) = re.findall(r"enter `(.*?)`", section("A first look"))
+    assert line.split() == [scope for scope in SCOPES if not scope.startswith("delete")]
+    scripted.scopes = line.split()
+    scripted.add("ann", idle=7230)
+    result = cull("--dry-run", "--timeout", "1h", "--url", scripted.url, token=scripted.token)
+    assert result.exit_code == 0
+    assert "1 of 1 running" in result.out
+
+
+def test_the_extra_scope_is_named_beside_the_first_rule(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    before, _, _ = section("Rules").partition("--rule 'group=")
+    (extra,) = re.findall(r"needs the scope `(.*?)`", before)
+    scripted.scopes = SCOPES
+    result = cull_scripted("--rule", "group=gpu timeout=30m")
+    assert result.exit_code == cull_idle.Exit.NO_HUB
+    assert f"lacks {extra}" in result.err
 
 
 def test_the_script_needs_the_same_as_the_package() -> None:
@@ -185,33 +230,23 @@ def test_the_script_needs_the_same_as_the_package() -> None:
         assert f"'{requirement}'" in section("Install")
 
 
-def test_the_sample_of_a_dry_run_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
-    shown = sample("cull_idle.py --dry-run --timeout 1h")
-    add_shown(scripted, shown)
-    counts = re.search(r"^(\d+) of (\d+) running", shown, re.MULTILINE)
-    assert counts
-    for number in range(int(counts[2]) - int(counts[1])):
-        scripted.add(f"busy{number}")
+def test_the_sample_of_a_dry_run_is_what_the_demo_shows(cull: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull-idle --dry-run --timeout 1h")
+    add_the_demos(scripted)
     result = cull("--dry-run", "--timeout", "1h", "--url", scripted.url, token=scripted.token)
     assert result.out.strip() == shown
 
 
-def test_the_sample_of_a_pass_is_what_the_program_logs(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    shown = sample("cull_idle.py --once --timeout 1h")
-    add_shown(scripted, sample("cull_idle.py --dry-run --timeout 1h"))
-    for name in re.findall(r"WARNING +stopping (\w+):", shown):
-        scripted.users[name].servers[""].stop_seconds = 60
+def test_the_sample_of_a_pass_is_what_the_demo_shows(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull-idle --once --timeout 1h")
+    add_the_demos(scripted)
     scripted.slow_stop = 0
-    counts = re.search(r"(\d+) running, (\d+) due", shown)
-    assert counts
-    for number in range(int(counts[1]) - int(counts[2])):
-        scripted.add(f"busy{number}")
     assert len(TIMESTAMP.findall(shown)) == len(shown.splitlines())
     assert sorted(untimed(cull_scripted("--timeout", "1h").err)) == sorted(untimed(shown))
 
 
 def test_the_sample_of_an_explanation_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
-    command = 'cull_idle.py --explain ann/gpu --timeout 1h --rule "group=gpu timeout=30m"'
+    command = 'cull-idle --explain ann/gpu --timeout 1h --rule "group=gpu timeout=30m"'
     shown = sample(command)
     clock = cull_idle.parse_time(re.findall(r"^clock +(.*)$", shown, re.MULTILINE)[0])
     assert clock
@@ -226,13 +261,24 @@ def test_the_sample_of_an_explanation_is_what_the_program_prints(cull: Cull, scr
     assert printed.strip().replace(scripted.url, "http://127.0.0.1:8081/hub/api") == shown
 
 
-def add_shown(scripted: ScriptedHub, table: str) -> None:
-    """Put the servers of a dry run's table on the Hub."""
-    for line in table.partition("\n\n")[0].splitlines()[1:-1]:
-        full_name, idle, age, _ = re.split("  +", line)
-        name, _, server = full_name.partition("/")
-        seconds = (cull_idle.parse_duration(text).total_seconds() + 30 for text in (idle, age))
-        scripted.add(name, server, **dict(zip(("idle", "age"), seconds, strict=True)))
+def demo() -> Any:
+    """The demo, as a module."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tests/by_hand/demo.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # where its classes are looked for
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_the_demos(scripted: ScriptedHub) -> None:
+    """Put the demo's servers on the Hub, but for the one that is still starting."""
+    for each in demo().SERVERS:
+        if each.after != "starting":
+            scripted.add(
+                each.name, each.server, idle=each.options["idle_seconds"], age=each.options["age_seconds"]
+            ).stop_seconds = 60 * (each.after == "stopping")
 
 
 def untimed(lines: str) -> list[str]:
@@ -240,3 +286,58 @@ def untimed(lines: str) -> list[str]:
     return re.sub(
         r"(?<= in )[\d.]+s$|(?<=down after )\w+", "…", TIMESTAMP.sub("", lines), flags=re.MULTILINE
     ).splitlines()
+
+
+# What a reader clicks, and what a shell reads
+
+
+def anchors(markdown: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    text = re.sub(r"^ *```.*?^ *```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("file", ["README.md", "tests/README.md"])
+def test_links_lead_somewhere(file: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https:")]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = ROOT / Path(file).parent / path if path else ROOT / file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+def test_the_table_of_contents_lists_every_section() -> None:
+    contents, _, rest = README.partition("\n## ")
+    listed = re.findall(r"\]\(#(.*?)\) ?(?:·|\\?$)", contents, re.MULTILINE)
+    titles = re.findall(r"^## (.*)$", f"## {rest}", re.MULTILINE)
+    assert set(listed) == anchors("\n".join(f"# {title}" for title in titles)) - {"license"}
+    assert len(listed) == len(set(listed))
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 650
+    assert max(map(len, README.splitlines())) <= 250
+
+
+@pytest.mark.parametrize("text", [*blocks("sh"), *(pytest.param(DEPLOY[name], id=name) for name in ("notify-mail",))])
+def test_a_shell_can_read_it(text: str) -> None:
+    result = subprocess.run(["/bin/sh", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_files_that_the_readme_copies_exist_and_none_is_forgotten() -> None:
+    named = set(re.findall(r"deploy/([\w@.-]+\w)", README))
+    assert named == set(DEPLOY)
+
+
+def test_the_service_has_one_name_and_not_the_littlest_jupyterhubs() -> None:
+    """That has a service called cull-idle, with its admin role in the database."""
+    texts = "\n".join([*(block.text for block in BLOCKS), *DEPLOY.values()])
+    names = re.findall(r'"name": "([\w-]+)"|hub\.services\.([\w-]+)\.|services: \[([\w-]+)\]', texts)
+    assert {"".join(name) for name in names} == {"idle-stopper"}
