@@ -63,6 +63,11 @@ def section(heading: str) -> str:
     return found[heading]
 
 
+def prose(heading: str) -> str:
+    """The same, wherever its lines are broken."""
+    return " ".join(section(heading).split())
+
+
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table under a heading, without its first two rows."""
     lines = [line for line in section(heading).splitlines() if line.startswith("|")]
@@ -171,7 +176,7 @@ def test_the_arbiter_in_the_readme_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_what_an_arbiter_is_given() -> None:
-    listed, _, _ = section("Your own decision: an arbiter").partition("A `cull_arbiter_hook`")
+    listed, _, _ = prose("Your own decision: an arbiter").partition("A `cull_arbiter_hook`")
     assert (
         set(re.findall(r"`([a-z_]+)`", listed.partition("arguments that it takes:")[2])) - {"timedelta"}
         == cull_idle.ARBITER_ARGUMENTS
@@ -205,7 +210,7 @@ def test_the_program_names_a_scope_of_the_readme_that_is_missing(
 
 
 def test_a_token_for_a_first_look_has_no_scope_to_change_anything(cull: Cull, scripted: ScriptedHub) -> None:
-    (line,) = re.findall(r"enter `(.*?)`", section("A first look"))
+    (line,) = re.findall(r"enter `(.*?)`", prose("A first look"))
     assert line.split() == [scope for scope in SCOPES if not scope.startswith("delete")]
     scripted.scopes = line.split()
     scripted.add("ann", idle=7230)
@@ -215,7 +220,7 @@ def test_a_token_for_a_first_look_has_no_scope_to_change_anything(cull: Cull, sc
 
 
 def test_the_extra_scope_is_named_beside_the_first_rule(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    before, _, _ = section("Rules").partition("--rule 'group=")
+    before, _, _ = prose("Rules").partition("--rule 'group=")
     (extra,) = re.findall(r"needs the scope `(.*?)`", before)
     scripted.scopes = SCOPES
     result = cull_scripted("--rule", "group=gpu timeout=30m")

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import requests
 from hub import RealHub
-from test_readme import BLOCKS, DEPLOY, PYPROJECT, ROOT, section, settings_from
+from test_readme import BLOCKS, DEPLOY, PYPROJECT, ROOT, prose, section, settings_from
 
 import cull_idle
 
@@ -130,7 +130,7 @@ def first_look(machine: Machine, hub: RealHub) -> subprocess.CompletedProcess[st
 
 def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, hub_with_an_admin: RealHub) -> None:
     hub = hub_with_an_admin
-    (scopes,) = re.findall(r"enter `(.*?)`", section("A first look"))
+    (scopes,) = re.findall(r"enter `(.*?)`", prose("A first look"))
     page = f"{hub.url}/users/admin/tokens"  # what the page asks
     owner = {"Authorization": f"token {hub_token(machine, hub)}"}
     answer = requests.post(page, headers=owner, json={"scopes": scopes.split(), "expires_in": 3600}, timeout=30)
@@ -197,7 +197,7 @@ def managed_snippet() -> str:
 
 def before_roles() -> str:
     """The snippet without its role, and with what the README says to write after the name."""
-    text = section("A service that the Hub manages")
+    text = prose("A service that the Hub manages")
     assert "leave out the role, and" in text
     (admin,) = re.findall(r"write `(.*?)` after the name", text)
     (service,) = (line for line in managed_snippet().splitlines() if "services.append" in line)
@@ -289,7 +289,7 @@ def test_before_roles_an_admin_service_does(tmp_path: Path) -> None:
 
 
 def test_the_same_snippet_runs_what_is_installed_in_the_hubs_own_environment(tmp_path: Path) -> None:
-    (command,) = re.findall(r"`(\[sys\.executable.*?\])`", section("A service that the Hub manages"))
+    (command,) = re.findall(r"`(\[sys\.executable.*?\])`", prose("A service that the Hub manages"))
     (old,) = re.findall(r'\["/opt.*?\]', managed_snippet())
     text = "import sys\n" + managed_snippet().replace(old, command)
     path = f'import os\nos.environ["PYTHONPATH"] = {str(ROOT)!r}\n'
@@ -347,7 +347,7 @@ def test_the_role_that_is_printed_below_the_readmes_snippet_starts_a_hub_and_cul
 
 
 def test_a_role_of_the_same_name_stops_a_hub_as_the_readme_says() -> None:
-    (said,) = re.findall(r"\(`(Role .*? multiply defined)`\)", section("A service that the Hub manages"))
+    (said,) = re.findall(r"\(`(Role .*? multiply defined)`\)", prose("A service that the Hub manages"))
     _, _, role = managed_snippet().partition("\n")
     service = 'c.JupyterHub.services.append({"name": "idle-stopper"})\n'
     with pytest.raises(RuntimeError, match=said), RealHub(extra_config=service + role + role):
@@ -465,7 +465,7 @@ def test_systemd_takes_the_units(unit_files: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_systemd_finds_a_service_as_hardened_as_the_readme_says(name: str, unit_files: dict[str, Path]) -> None:
-    match = re.search(r"an exposure of (\d)\.(\d)", section("systemd"))
+    match = re.search(r"an exposure of (\d)\.(\d)", prose("systemd"))
     assert match
     result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", unit_files[name])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -643,7 +643,7 @@ def test_the_zip_file_for_the_chart_runs(tmp_path: Path) -> None:
     mounted = tmp_path / Path(place).name
     mounted.write_bytes(base64.b64decode((tmp_path / encoded).read_bytes()))
     (words,) = re.findall(
-        r"begin the command with\n`(.*?)` in place of `python3, -m, cull_idle`", section("Zero to JupyterHub")
+        r"begin the command with `(.*?)` in place of `python3, -m, cull_idle`", prose("Zero to JupyterHub")
     )
     assert words.split(", ") == ["python3", place]
     assert_the_chart_culls([sys.executable, str(mounted), *chart_command()[3:]])
