@@ -298,6 +298,22 @@ def test_the_same_snippet_runs_what_is_installed_in_the_hubs_own_environment(tmp
         managed.assert_culls()
 
 
+# The Littlest JupyterHub
+
+
+def test_the_littlest_jupyterhub_takes_the_same_snippet_as_a_file_of_its_own(machine: Machine) -> None:
+    """It sets the services itself, then loads each file of a directory with `load_subconfig`."""
+    (file,) = re.findall(r"into `/opt/tljh/(config/jupyterhub_config\.d/\w+\.py)`", prose("The Littlest JupyterHub"))
+    snippet = machine.root / file
+    snippet.parent.mkdir(parents=True)
+    snippet.write_text(managed_snippet())
+    main = machine.root / "jupyterhub_config.py"
+    main.write_text(f"c = get_config()\nc.JupyterHub.services = []\nload_subconfig({str(snippet)!r})\n")
+    loaded = import_module("traitlets.config").PyFileConfigLoader(str(main)).load_config().JupyterHub
+    (service,), (role,) = loaded.services, loaded.load_roles.get_value([])
+    assert (service["name"], role["services"]) == ("idle-stopper", ["idle-stopper"])
+
+
 # A token of its own, and the role that is printed when a scope is missing
 
 
