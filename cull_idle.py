@@ -5,145 +5,190 @@
 # ///
 """Stop the idle servers of a JupyterHub through its REST API.
 
-It polls the Hub's user list and stops every server whose last activity is older than a limit: once, or in a loop.
+Polls the Hub's user list and stops every server whose last activity is older than a limit: once, or in a loop.
 The API token comes from $JUPYTERHUB_API_TOKEN or --token-file, never from the command line.
 """
 
 from __future__ import annotations
 
-import atexit
+import sys
+from importlib.util import find_spec
+
+# Stands before the other imports, and the file parses on Python 3.8, so that an old Python gets a sentence too.
+PACKAGES = {"click": "click>=8.4.1", "dateutil": "python-dateutil>=2.9", "requests": "requests>=2.32.2"}
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.stderr.write(f"cull_idle needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable}).\n")
+    sys.exit(2)
+if MISSING := [repr(package) for module, package in PACKAGES.items() if not find_spec(module)]:
+    sys.stderr.write(f"cull_idle needs more packages: {sys.executable} -m pip install {' '.join(MISSING)}\n")
+    sys.exit(2)
+
 import contextlib
 import dataclasses
 import enum
-import gc
+import io
 import os
+import queue
 import re
-import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, Self, TextIO, TypeVar
 
 import click
 
-# What takes long to import is imported where it is needed: --help and --version answer at once.
+# What takes long to import is imported where it is used, so that --help and --version answer at once.
 if TYPE_CHECKING:
     import logging
     import socket
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from http.client import HTTPResponse
 
-    import urllib3
+    import requests
 
 __version__ = "0.1.0"
 
 PROGRAM = "cull_idle.py"
+
 T = TypeVar("T")
+Result = TypeVar("Result")
 Target = TypeVar("Target", "Server", "User")
 
-# ---- What can go wrong, and what the program exits with
+# ---- Errors and text
 
 
 class Exit(enum.IntEnum):
-    """What an exit code means to cron, systemd and scripts."""
+    """The exit codes."""
 
     DONE = 0  # all that was due is done; nothing due is fine
     UNDONE = 1  # something due was not done
-    USAGE = 2  # an option, or the token, is wrong
+    USAGE = 2  # an option or the token is wrong
     NO_HUB = 3  # the Hub could not be used
 
 
 class CullError(Exception):
-    """A failure; its text is the sentence that the administrator reads."""
+    """A failure. Its text is the sentence that the administrator reads."""
 
     exit_code: Exit
 
 
 class UsageError(CullError):
-    """What was given cannot be used."""
+    """An option, the config file or the token cannot be used."""
 
     exit_code = Exit.USAGE
 
 
-class FuseBlown(CullError):
-    """More is due than one pass may cull."""
+class FuseBlownError(CullError):
+    """More is due than --max-culls allows."""
 
     exit_code = Exit.UNDONE
 
 
 class UnreadableError(CullError):
-    """A rule needs what the Hub does not show: to guess would cull what the rule may keep."""
+    """A rule needs a field that the token may not read. To guess would cull what the rule may keep."""
 
     exit_code = Exit.NO_HUB
 
 
 class HubError(CullError):
-    """The Hub, or whatever answers at its URL, cannot be used like this."""
+    """A request to the Hub failed.
+
+    kind: the sentence without the name of a user or server; failures of one kind are reported once and counted.
+    refused: the token may not do this, so the pass ends.
+    affects_all: True if every other request would probably fail too.
+    """
 
     exit_code = Exit.NO_HUB
-    of_all = False  # what is asked next may come to the same
+
+    def __init__(self, sentence: str, kind: str = "", *, refused: bool = False, affects_all: bool = False) -> None:
+        super().__init__(sentence)
+        self.kind = kind or sentence
+        self.refused = refused
+        self.affects_all = affects_all
 
 
 class TryAgain(HubError):
-    """The Hub cannot be used now, but perhaps soon: after `pause` seconds, if it said so."""
+    """The Hub cannot be used now, but perhaps in `pause` seconds (0 if it does not say when)."""
 
-    of_all = True
-
-    def __init__(self, sentence: str, pause: float = 0) -> None:
-        super().__init__(sentence)
+    def __init__(self, sentence: str, kind: str = "", pause: float = 0) -> None:
+        super().__init__(sentence, kind, affects_all=True)
         self.pause = pause
 
 
-def printable(text: str) -> str:
-    """Escape what a terminal or a log reader could take for more than text, such as control characters."""
-    if text.isprintable():
+class TooMuchData(HubError):
+    """An answer is too large, or nested too deeply, to be parsed. A smaller part of it may do."""
+
+
+LONGEST_TEXT = 300  # characters of a name or message that one line shows
+SECRETS: set[str] = set()  # tokens that were read; nothing that is shown may contain them
+
+
+def printable(text: str, width: int = LONGEST_TEXT) -> str:
+    """Make a text from outside safe to show: tokens replaced, control characters escaped, cut to `width` characters.
+
+    All that comes from the Hub, a user, a file or a command passes through here before it is logged or printed.
+    """
+    for secret in SECRETS:
+        text = text.replace(secret, "…")
+    if len(text) <= width and text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: width + 1])
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def shorten(text: str, width: int = 200) -> str:
-    """Text of the Hub's, on one line, escaped and cut to at most width characters."""
-    line = printable(" ".join(text[: 4 * width].split()))
-    return line if len(line) <= width else line[: width - 1] + "…"
+def one_line(text: str, width: int = 200) -> str:
+    """The same for a longer text: on one line, with single spaces."""
+    for secret in SECRETS:  # before white space is changed: a token is found only as a whole
+        text = text.replace(secret, "…")
+    return printable(" ".join(text[: 4 * width].split()), width)
 
 
 # ---- Durations and times
 
 ZERO = timedelta(0)
 NEVER = timedelta.max
-LAST_YEAR = 9000  # there is no counting with later ones
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-UNITS = {"weeks": "w", "days": "d", "hours": "h", "minutes": "m", "seconds": "s"}
-DURATION = r"\s*".join(f"(?:(?P<{name}>{NUMBER}){unit})?" for name, unit in UNITS.items())
+UNITS = {
+    "weeks": "w(?:eeks?)?",
+    "days": "d(?:ays?)?",
+    "hours": "h(?:(?:ou)?rs?)?",
+    "minutes": "m(?:in(?:ute)?s?)?",
+    "seconds": "s(?:ec(?:ond)?s?)?",
+}
+DURATION = r"\s*".join(rf"(?:(?P<{name}>{NUMBER})\s*{unit})?" for name, unit in UNITS.items())
+SECONDS = rf"{NUMBER}(?:e\+?[0-9]+)?"  # Helm writes large numbers as 1.2096e+06
 
 
 def parse_duration(text: str) -> timedelta:
-    """Read seconds (`3600`) or numbers with units, the largest first (`90s`, `1h30m`, `1.5h`, `2d`, `1w`).
+    """Read seconds (`3600`), or numbers with units, the largest first (`90s`, `1h30m`, `1.5h`, `2d`, `1w`).
 
-    Raises ValueError, with a sentence, for anything else.
+    Raises ValueError with a sentence for anything else.
     """
     words = text.strip().lower()
-    match = re.fullmatch(DURATION, f"{words}s" if re.fullmatch(NUMBER, words) else words)
-    if not words or not match:
-        raise ValueError(
-            f"{shorten(text, 40)!r} is not a duration: write seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w."
-        )
+    match = re.fullmatch(DURATION, words)
     try:
-        return timedelta(**{name: float(number) for name, number in match.groupdict(default="0").items()})
+        if re.fullmatch(SECONDS, words):
+            return timedelta(seconds=float(words))
+        if words and match:
+            return timedelta(**{name: float(number) for name, number in match.groupdict(default="0").items()})
     except OverflowError:
-        raise ValueError(f"{shorten(text, 40)!r} is too long a duration.") from None
+        raise ValueError(f"{one_line(text, 40)!r} is too long a duration.") from None
+    raise ValueError(
+        f"{one_line(text, 40)!r} is not a duration: write seconds, or numbers with units, such as"
+        " 90s, 15m, 1.5h, 1h30m, 2d or 1w."
+    )
 
 
 def parse_limit(text: str) -> timedelta:
-    """Read a duration, or `never` as NEVER. Raises ValueError, as parse_duration."""
+    """Read a duration, or `never` as NEVER. Raises ValueError like parse_duration."""
     return NEVER if text.strip().lower() == "never" else parse_duration(text)
 
 
 def format_duration(duration: timedelta, units: int = 4) -> str:
-    """Write a duration as parse_duration reads it (`2h03m`, `1d04h`), cut to whole seconds and `units` units."""
+    """Write a duration the way parse_duration reads it (`2h03m`, `1d04h`), cut to whole seconds and `units` units."""
     minutes, seconds = divmod(int(duration.total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -157,45 +202,58 @@ def format_duration(duration: timedelta, units: int = 4) -> str:
     return f"{number}{unit}" + "".join(f"{number:02}{unit}" for number, unit in rest)
 
 
-def parse_time(text: object) -> datetime | None:
-    """Read a timestamp of the Hub's, null as None. One without a zone is UTC: Hubs before 0.9 left it out.
+def short(duration: timedelta) -> str:
+    """The two largest units of a duration, enough for a log line: `2h03m`."""
+    return format_duration(duration, units=2)
 
-    Raises ValueError for what is not a moment; a date without a time of day could be off by a day.
+
+def parse_time(text: object) -> datetime | None:
+    """Read a timestamp of the Hub's, in UTC. null is None; one without a zone is in UTC (Hubs before 0.9).
+
+    Raises ValueError for anything else, also for a date without a time of day, which could be off by a day.
     """
-    try:
-        moment = datetime.fromisoformat(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        moment = None
-    if moment and moment.tzinfo:
-        return moment
     if text is None:
         return None
     if not isinstance(text, str) or len(text) <= len("2026-11-22"):
-        raise ValueError(f"{shorten(str(text), 40)!r} is not a time")
-    if not moment:
-        from dateutil.parser import isoparse  # slower, and slow to import, but reads more of ISO 8601
+        raise ValueError(f"{one_line(str(text), 40)!r} is not a time")
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        from dateutil.parser import isoparse  # slower, but reads more of ISO 8601
 
         try:
             moment = isoparse(text)
         except (ValueError, OverflowError):
-            raise ValueError(f"{shorten(text, 40)!r} is not a time") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            raise ValueError(f"{one_line(text, 40)!r} is not a time") from None
+    if moment.tzinfo is UTC:
+        return moment
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{one_line(text, 40)!r} is not a time") from None
 
 
 def parse_http_date(text: str | None) -> datetime:
-    """Read a Date header; the local clock stands in for one that is missing or garbage."""
+    """Read a Date header. The local clock stands in for one that is missing or not plausible."""
     from email.utils import parsedate_to_datetime
 
     try:
         moment = parsedate_to_datetime(text or "")
     except (ValueError, OverflowError):
         return datetime.now(UTC)
-    if moment.year > LAST_YEAR:
+    if moment.year >= 3000:  # a limit added to it could be beyond all dates
         return datetime.now(UTC)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-# ---- The Hub's users and servers, as values
+def format_time(moment: datetime) -> str:
+    """Write a moment for programs: `2026-11-22T20:14:03Z`."""
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+
+
+# ---- Servers and users: the Hub's JSON as typed values
 
 
 class Server(NamedTuple):
@@ -207,27 +265,18 @@ class Server(NamedTuple):
     pending: str  # what the Hub is doing with it ("spawn", "stop"), empty for nothing
     started: datetime | None  # unknown before JupyterHub 0.9
     last_activity: datetime | None
-    doubt: str  # what in the Hub's answer is not understood, empty for nothing
-    model: Mapping[str, Any]  # as the Hub has it, for an arbiter
+    doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
+    model: Mapping[str, Any]  # as the Hub has it, for rules and an arbiter
     user_model: Mapping[str, Any]
 
     @property
     def full_name(self) -> str:
-        """The name as the Hub writes it, safe to print: `ann`, or `ann/gpu` for a named server."""
+        """The Hub's name for it, safe to print: `ann`, or `ann/gpu` for a named server."""
         return printable(f"{self.user}/{self.name}" if self.name else self.user)
 
-    def facts(self, field: str) -> tuple[str, ...] | None:
-        """What a rule may match: the values of `server`, `option.KEY`, `state.KEY` or a field of the user's.
-
-        None for what the Hub does not show.
-        """
-        if field == "server":
-            return (self.name,)
-        kind, _, key = field.partition(".")
-        if not key:
-            return user_facts(self.user_model, field)
-        shown = self.model.get({"option": "user_options", "state": "state"}[kind])
-        return as_texts(shown.get(key, [])) if isinstance(shown, dict) else None
+    def without_models(self) -> Server:
+        """The server without the Hub's JSON, which may be large."""
+        return self._replace(model={}, user_model={})
 
 
 class User(NamedTuple):
@@ -238,46 +287,31 @@ class User(NamedTuple):
     created: datetime | None  # unknown before JupyterHub 0.9
     last_activity: datetime | None
     servers: list[Server]
-    doubt: str  # what in the Hub's answer is not understood, empty for nothing
-    model: Mapping[str, Any]  # as the Hub has it
+    doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
+    model: Mapping[str, Any]  # as the Hub has it, for rules
 
     @property
     def full_name(self) -> str:
-        """The name, safe to print and not to be mistaken for a server's."""
+        """The name, safe to print, and different from that of the default server."""
         return f"user {printable(self.name)}"
 
-    def facts(self, field: str) -> tuple[str, ...] | None:
-        """What a rule may match: the values of `user`, `group` or `admin`; None for what the Hub does not show."""
-        return user_facts(self.model, field)
-
     def server(self, name: str) -> Server | None:
-        """The server of that name, if there is one."""
-        return next((server for server in self.servers if server.name == name), None)
+        """The server of that name; if there is none, one in doubt, which may be the one."""
+        found = next((server for server in self.servers if server.name == name), None)
+        return found or next((server for server in self.servers if server.doubt), None)
 
-
-def user_facts(model: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
-    """The values of a user's `user`, `group` or `admin`, as facts of Server has it."""
-    shown = model.get({"user": "name", "group": "groups", "admin": "admin"}[field])
-    return None if shown is None else as_texts(shown)
-
-
-def as_texts(value: object) -> tuple[str, ...]:
-    """A JSON value, or the values of a list, as texts that a glob can match."""
-    return tuple(map(as_text, value)) if isinstance(value, list) else (as_text(value),)
-
-
-def as_text(value: object) -> str:
-    """A JSON value as a text: `true`, `7`."""
-    return value if isinstance(value, str) else str(value).lower()
+    def without_models(self) -> User:
+        """The user without the servers and the Hub's JSON, which may be large."""
+        return self._replace(servers=[], model={})
 
 
 def read_user(model: object) -> User:
     """Turn a user model of the REST API, of any Hub since 0.6, into values.
 
-    What is missing or malformed makes a `doubt`; raises ValueError only for what has no name.
+    A field that is missing or malformed becomes a `doubt`. Raises ValueError only for a model without a name.
     https://jupyterhub.readthedocs.io/en/stable/reference/rest-api.html#/default/get_users
     """
-    model = named(model)
+    model = with_name(model)
     created, last_activity, doubt = None, None, ""
     try:
         created = parse_time(model.get("created"))
@@ -286,7 +320,7 @@ def read_user(model: object) -> User:
         doubt = f"created or last_activity: {error}"
     admin = model.get("admin")
     if "last_activity" not in model:
-        doubt = "its last_activity is not shown: that takes the scope read:users:activity"
+        doubt = "its last_activity is not shown; the token needs the scope read:users:activity"
     elif last_activity is None:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
@@ -295,12 +329,12 @@ def read_user(model: object) -> User:
 
 
 def read_servers(model: object) -> list[Server]:
-    """Turn the servers in a user model into values, all that a pass needs that leaves users alone. As read_user."""
-    model = named(model)
+    """Turn the servers in a user model into values. Raises ValueError only for a model without a name."""
+    model = with_name(model)
     name, servers = model["name"], model.get("servers")
     if isinstance(servers, dict):
         if "" not in servers and model.get("pending"):
-            # JupyterHub 0.8 with named servers lists the ready ones: what the default one waits for is the user's.
+            # JupyterHub 0.8 with named servers lists only ready ones; `pending` of the user is the default server's.
             servers = {**servers, "": {"url": None}}
         return [
             read_server(name, server_name, server, model)
@@ -308,18 +342,18 @@ def read_servers(model: object) -> list[Server]:
             if not (isinstance(server, dict) and server.get("stopped") is True)
         ]
     if "servers" not in model and "server" in model and "created" not in model:
-        # JupyterHub 0.6 to 0.8 without named servers: the default server is described by the user's own keys.
+        # JupyterHub 0.6 to 0.8 without named servers: the user's own keys describe the default server.
         running = model["server"] or model.get("pending")
         return [read_server(name, "", {"url": model["server"]}, model)] if running else []
-    doubt = "its servers are not shown: that takes the scope read:servers"
+    doubt = "its servers are not shown; the token needs the scope read:servers"
     return [Server(name, "", False, "", None, None, doubt, {}, model)]
 
 
-def named(model: object) -> dict[str, Any]:
-    """Pass on what is a user model as far as that it has a name. Raises ValueError."""
+def with_name(model: object) -> dict[str, Any]:
+    """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
     if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
         return model
-    raise ValueError("answered a user without a name")
+    raise ValueError("the Hub lists a user without a name")
 
 
 def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
@@ -327,31 +361,31 @@ def read_server(user: str, name: str, model: object, user_model: Mapping[str, ob
     if not isinstance(model, dict):
         return Server(user, name, False, "", None, None, "its model is not a JSON object", {}, user_model)
     if "ready" not in model and "pending" not in model and "last_activity" not in model:
-        # JupyterHub 0.6 to 0.8: `url` is set once the server is ready, and all else is said of the user only.
+        # JupyterHub 0.6 to 0.8: `url` is set once the server is ready; all else is known of the user only.
         model = {
             **model,
             "ready": bool(model.get("url")),
             "pending": user_model.get("pending"),
             "last_activity": user_model.get("last_activity"),
         }
-    started, last_activity, doubt = None, None, ""
+    doubt = ""
     try:
         started = parse_time(model.get("started"))
         last_activity = parse_time(model["last_activity"]) or started  # null until the first activity
         ready, pending = model["ready"], model["pending"]
-        if last_activity is None:
-            doubt = "neither last_activity nor started is known"
-        elif not isinstance(ready, bool):
-            doubt = "ready is neither true nor false"
     except ValueError as error:
         return Server(user, name, False, "", None, None, f"started or last_activity: {error}", model, user_model)
     except KeyError as key:
         return Server(user, name, False, "", None, None, f"{key.args[0]} is missing", model, user_model)
+    if last_activity is None:
+        doubt = "neither last_activity nor started is known"
+    elif not isinstance(ready, bool):
+        doubt = "ready is neither true nor false"
     pending = str(pending) if pending else ""
     return Server(user, name, ready is True, pending, started, last_activity, doubt, model, user_model)
 
 
-# ---- Decisions: pure, from a model, a policy and the Hub's clock
+# ---- Decisions: pure, from a server or user, a policy and the Hub's clock
 
 
 class Limit(NamedTuple):
@@ -366,7 +400,7 @@ class Limit(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What is due of servers, or of users."""
+    """What makes servers, or users, due."""
 
     timeout: Limit
     max_age: Limit
@@ -374,7 +408,6 @@ class Policy(NamedTuple):
     named_servers: bool = True
     admins: bool = True
     kept_by: str = ""  # the rule that keeps it, whatever the limits
-    arbiter: Arbiter | None = None  # decides about servers in place of the timeout
 
 
 class Verdict(NamedTuple):
@@ -385,23 +418,27 @@ class Verdict(NamedTuple):
     idle: timedelta | None = None
     age: timedelta | None = None
     limit: Limit | None = None
-    doubt: bool = False  # it is kept only because something is not understood
+    doubt: bool = False  # kept only because something is not understood
 
     @property
     def reason(self) -> str:
-        """The reason as a log line carries it: `idle 2h03m, limit 1h`."""
-        measured = {"idle": self.idle, "age": self.age}.get(self.because)
-        if measured is None:
-            return self.because
-        return f"{self.because} {format_duration(measured, units=2)}, {self.limit}"
+        """The reason as a log line shows it: `idle 2h03m, limit 1h`."""
+        if self.because == "idle" and self.idle is not None:
+            return f"idle {short(self.idle)}, {self.limit}"
+        if self.because == "age" and self.age is not None:
+            return f"age {short(self.age)}, {self.limit}"
+        return self.because
+
+    def kept(self, because: str) -> Verdict:
+        """The same figures, but kept, for this reason."""
+        return self._replace(cull=False, because=because)
 
 
-def weigh(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
-    """Judge something last active and born at these moments by the policy's limits."""
-    # `now` is cut to whole seconds, so what is active at this moment seems to be so in the future.
+def compare_with_limits(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
+    """Compare the time since the last activity, and the age, with the policy's limits. The future counts as now."""
     idle = now - active if active < now else ZERO
     age = None if born is None else now - born if born < now else ZERO
-    if idle >= policy.timeout.duration and not policy.arbiter:
+    if idle >= policy.timeout.duration:
         return Verdict(True, "idle", idle, age, policy.timeout)
     if age is not None and age >= policy.max_age.duration:
         return Verdict(True, "age", idle, age, policy.max_age)
@@ -412,31 +449,39 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
         return Verdict(False, server.doubt, doubt=True)
-    verdict = weigh(server.last_activity, server.started, policy, now)
+    verdict = compare_with_limits(server.last_activity, server.started, policy, now)
     if server.pending:
-        return verdict._replace(cull=False, because=f"pending {shorten(server.pending, 20)}")
+        return verdict.kept(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
-        return verdict._replace(cull=False, because="not ready")
+        return verdict.kept("not ready")
     if server.name and not policy.named_servers:
-        return verdict._replace(cull=False, because="named servers are not culled")
+        return verdict.kept("named servers are not culled")
     if not server.name and not policy.default_servers:
-        return verdict._replace(cull=False, because="default servers are not culled")
+        return verdict.kept("default servers are not culled")
     if policy.kept_by:
-        return verdict._replace(cull=False, because=policy.kept_by)
-    if policy.arbiter and not verdict.cull:
-        return arbitrate(server, verdict, policy.timeout.duration, policy.arbiter)
+        return verdict.kept(policy.kept_by)
     return verdict
 
 
-def due_soon(
+def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
+    """Decide whether a user is to be deleted, servers left aside. In doubt the user is kept."""
+    if user.doubt or user.last_activity is None:
+        return Verdict(False, user.doubt, doubt=True)
+    verdict = compare_with_limits(user.last_activity, user.created, policy, now)
+    if user.admin and not policy.admins:
+        return verdict.kept("admins are not deleted")
+    if policy.kept_by:
+        return verdict.kept(policy.kept_by)
+    return verdict
+
+
+def due_within(
     server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
 ) -> tuple[datetime, Verdict] | None:
-    """When a server that is kept `now` will be due and by which limit, if nothing happens and it is within a duration.
+    """When a server that is kept at `now` will be due if nothing happens, with the limit that it will reach.
 
-    What an arbiter will say, nobody knows.
+    None if that is not within the given time.
     """
-    if policy.arbiter:
-        policy = policy._replace(arbiter=None, timeout=Limit(NEVER))
     if not judge_server(server, policy, now + within).cull:
         return None
     limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
@@ -445,121 +490,55 @@ def due_soon(
     return due, verdict._replace(because=then.because, limit=then.limit)
 
 
-def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
-    """Decide whether a user is to be deleted, its servers left aside. In doubt it is kept."""
-    if user.doubt or user.last_activity is None:
-        return Verdict(False, user.doubt, doubt=True)
-    verdict = weigh(user.last_activity, user.created, policy, now)
-    if user.admin and not policy.admins:
-        return verdict._replace(cull=False, because="admins are not deleted")
-    if policy.kept_by:
-        return verdict._replace(cull=False, because=policy.kept_by)
-    return verdict
-
-
-# ---- An arbiter: a decision of the administrator's own
-
-
-class Arbiter(NamedTuple):
-    """A function, plain or async, that says whether to cull a server; it gets those of ARBITER_ARGUMENTS it takes."""
-
-    function: Callable[..., object]
-    arguments: frozenset[str]
-
-    def __call__(self, **arguments: object) -> bool:
-        """Ask it. Raises whatever it raises."""
-        import asyncio
-        import inspect
-
-        answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(awaited(answer))
-        return bool(answer)
-
-
-async def awaited(awaitable: Awaitable[object]) -> object:
-    """Wait for any awaitable: asyncio.run takes coroutines only."""
-    return await awaitable
-
-
-ARBITER_ARGUMENTS = frozenset(("inactive", "inactive_limit", "server", "user"))
-
-
-def load_arbiter(name: str) -> Arbiter:
-    """Load `MODULE:FUNC` or `FILE.py:FUNC`. Raises ValueError, with a sentence, for what cannot be used."""
-    import importlib
-    import importlib.util
-    import inspect
-
-    source, _, function_name = name.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
-            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-            # jupyterhub-idle-culler's config files end in `c.IdleCuller.cull_arbiter_hook = …`
-            vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
-            spec.loader.exec_module(module)  # type: ignore[union-attr]
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, function_name)
-        parameters = inspect.signature(function).parameters
-    except Exception as error:  # whatever a module of the administrator's raises
-        raise ValueError(f"{name!r} cannot be loaded: {type(error).__name__}: {shorten(str(error))}.") from None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return Arbiter(function, ARBITER_ARGUMENTS)
-    if unknown := [n for n, p in parameters.items() if p.default is p.empty and n not in ARBITER_ARGUMENTS]:
-        raise ValueError(f"{name!r} wants {unknown[0]!r}, and is given only {', '.join(sorted(ARBITER_ARGUMENTS))}.")
-    return Arbiter(function, ARBITER_ARGUMENTS & parameters.keys())
-
-
-def arbitrate(server: Server, verdict: Verdict, limit: timedelta, arbiter: Arbiter) -> Verdict:
-    """Let the arbiter decide about a server that no other limit makes due. One that fails keeps it."""
-    try:
-        cull = arbiter(
-            inactive=verdict.idle, inactive_limit=limit.total_seconds(), server=server.model, user=server.user_model
-        )
-    except Exception as error:  # whatever a function of the administrator's raises
-        why = f"the arbiter failed: {type(error).__name__}: {shorten(str(error))}"
-        return verdict._replace(because=why, doubt=True)
-    idle = "" if verdict.idle is None else f", idle {format_duration(verdict.idle, units=2)}"
-    return verdict._replace(cull=cull, because=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
-
-
 # ---- Rules: exceptions for some servers and users
 
+SERVER_FIELDS = ("server", "option", "state")  # what a rule can match of a server, before the dot
+FIELD_SCOPES = {"group": "read:users:groups", "state": "admin:server_state"}  # beyond those that every pass needs
 MATCHES = ("user", "group", "server", "admin", "option.KEY", "state.KEY")
-RULE_HELP = f"write matches ({', '.join(f'{name}=' for name in MATCHES)}) and settings (timeout=, max-age=, keep)"
-
-
-def of_server(field: str) -> bool:
-    """Whether what a rule matches is a server's, and no user has it."""
-    return field.partition(".")[0] in ("server", "option", "state")
+RULE_HELP = (
+    f"a rule is matches ({', '.join(f'{name}=' for name in MATCHES)}) and settings (timeout=, max-age=, or keep)"
+)
 
 
 class Rule(NamedTuple):
-    """An exception: all matches must hold for it to apply. What it does not set comes from the options."""
+    """An exception: it applies where all its matches hold. What it does not set comes from the options."""
 
     text: str
-    matches: tuple[tuple[str, re.Pattern[str]], ...]  # of fields, as facts of Server has them
+    matches: tuple[tuple[str, re.Pattern[str]], ...]  # field and glob
     timeout: timedelta | None
     max_age: timedelta | None
     keep: bool
 
     @property
-    def of_users(self) -> bool:
-        """Whether it may apply to users too: it matches nothing of a server."""
-        return not any(of_server(field) for field, _ in self.matches)
+    def for_users(self) -> bool:
+        """True if the rule can apply to users too: it matches no field of a server."""
+        return not any(kind_of(field) in SERVER_FIELDS for field, _ in self.matches)
+
+    def policy(self, number: int, default: Policy) -> Policy:
+        """What the rule, the number-th one, makes of the policy of the options."""
+        name = f"rule {number}: {self.text}"
+        if self.keep:
+            return default._replace(timeout=Limit(NEVER), max_age=Limit(NEVER), kept_by=name)
+        return default._replace(
+            timeout=default.timeout if self.timeout is None else Limit(self.timeout, f" by {name}"),
+            max_age=default.max_age if self.max_age is None else Limit(self.max_age or NEVER, f" by {name}"),
+        )
+
+
+def kind_of(field: str) -> str:
+    """The field of a rule without its key: `option` of `option.profile`."""
+    return field.partition(".")[0]
 
 
 def parse_rule(text: str) -> Rule:
-    """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError, with a sentence that names the wrong word."""
+    """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError with a sentence that names the wrong word."""
     import fnmatch
     import shlex
 
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"{shorten(text)!r}: {error}.") from None
+        raise ValueError(f"{one_line(text)!r}: {error}.") from None
     matches: list[tuple[str, re.Pattern[str]]] = []
     limits: dict[str, timedelta] = {}
     keep = False
@@ -573,7 +552,7 @@ def parse_rule(text: str) -> Rule:
             try:
                 limits[name] = parse_limit(value)
             except ValueError as error:
-                raise ValueError(f"{shorten(word)!r}: {error}") from None
+                raise ValueError(f"{one_line(word)!r}: {error}") from None
         elif equals and (
             (kind in ("user", "group", "server") and not dot)
             or (kind in ("option", "state") and key)
@@ -581,201 +560,653 @@ def parse_rule(text: str) -> Rule:
         ):
             matches.append((name, re.compile(fnmatch.translate(value))))
         else:
-            raise ValueError(f"{shorten(word)!r} in {shorten(text)!r} is not understood: {RULE_HELP}.")
-    if keep == bool(limits):
-        raise ValueError(f"{shorten(text)!r} needs timeout= or max-age=, or keep in their place: {RULE_HELP}.")
+            raise ValueError(f"{one_line(word)!r} in {one_line(text)!r} is not understood: {RULE_HELP}.")
+    if keep and limits:
+        raise ValueError(f"{one_line(text)!r} has both keep and a limit, but keep means no limit: leave one out.")
+    if not keep and not limits:
+        raise ValueError(f"{one_line(text)!r} sets nothing: it needs timeout=, max-age=, or keep; {RULE_HELP}.")
     return Rule(printable(text), tuple(matches), limits.get("timeout"), limits.get("max-age"), keep)
 
 
-class Policies:
-    """Which policy applies: that of the first rule that fits, or that of the options.
-
-    For each field that rules match, the rules that its value fits are a set of bits, remembered by the value but for
-    names of users: most servers share all else.
-    """
-
-    def __init__(self, rules: Sequence[Rule], servers: Policy, users: Policy) -> None:
-        self._rules = rules
-        self._servers = [*(by_rule(number, rule, servers) for number, rule in enumerate(rules, 1)), servers]
-        self._users = [
-            *(by_rule(number, rule, users) if rule.keep else users for number, rule in enumerate(rules, 1)),
-            users,
-        ]
-        self._globs: dict[str, list[tuple[int, Callable[[str], object]]]] = {}
-        self._all = self._of_users = (1 << len(rules) + 1) - 1
-        for number, rule in enumerate(rules):
-            for field, glob in rule.matches:
-                self._globs.setdefault(field, []).append((1 << number, glob.match))
-            if not rule.of_users:
-                self._of_users &= ~(1 << number)
-        self._fields = list(self._globs)
-        self._user_fields = [field for field in self._fields if not of_server(field)]
-        self._remembered = lru_cache(maxsize=10_000)(self._find_fitting)
-
-    def of_server(self, server: Server) -> Policy:
-        """The policy for a server. Raises UnreadableError."""
-        return self._servers[self._first(server, self._fields, self._all)] if self._rules else self._servers[0]
-
-    def of_user(self, user: User) -> Policy:
-        """The policy for a user: only rules that match nothing of a server apply. Raises UnreadableError."""
-        return self._users[self._first(user, self._user_fields, self._of_users)] if self._rules else self._users[0]
-
-    def _first(self, target: Server | User, fields: Sequence[str], fitting: int) -> int:
-        for field in fields:
-            values = target.facts(field)
-            if values is None:
-                raise UnreadableError(
-                    f"a rule matches {field}=, which the Hub does not show of {target.full_name};"
-                    f" that takes the scope {scope_for(field)}, or a newer Hub"
-                )
-            fitting &= self._find_fitting(field, values) if field == "user" else self._remembered(field, values)
-        return (fitting & -fitting).bit_length() - 1
-
-    def _find_fitting(self, field: str, values: tuple[str, ...]) -> int:
-        fitting = self._all
-        for bit, fits in self._globs[field]:
-            for value in values:  # any() would take half as long again, for each server and rule
-                if fits(value):
-                    break
-            else:
-                fitting &= ~bit
-        return fitting
+def field_values(target: Server | User, field: str) -> tuple[str, ...] | None:
+    """The texts that a rule's glob may match in a field; None if the Hub does not show the field."""
+    kind, _, key = field.partition(".")
+    model = target.user_model if isinstance(target, Server) else target.model
+    if kind == "user":
+        return (model["name"],)
+    if kind == "group":
+        return None if model.get("groups") is None else as_texts(model["groups"])
+    if kind == "admin":
+        return None if model.get("admin") is None else as_texts(model["admin"])
+    if not isinstance(target, Server):
+        return None
+    if kind == "server":
+        return (target.name,)
+    shown = target.model.get("user_options" if kind == "option" else "state")
+    return as_texts(shown.get(key, [])) if isinstance(shown, dict) else None
 
 
-def by_rule(number: int, rule: Rule, policy: Policy) -> Policy:
-    """The policy that a rule makes of the options' one."""
-    name = f"rule {number}: {rule.text}"
-    if rule.keep:
-        return policy._replace(timeout=Limit(NEVER), max_age=Limit(NEVER), kept_by=name)
-    return policy._replace(
-        timeout=policy.timeout if rule.timeout is None else Limit(rule.timeout, f" by {name}"),
-        max_age=policy.max_age if rule.max_age is None else Limit(rule.max_age or NEVER, f" by {name}"),
+def as_texts(value: object) -> tuple[str, ...]:
+    """A JSON value, or those of a list, as texts: `true`, `7`. Objects and inner lists match nothing."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(
+        each if isinstance(each, str) else str(each).lower() for each in values if not isinstance(each, (list, dict))
     )
 
 
-def scope_for(field: str) -> str:
-    """The scope that shows the token what a rule matches."""
-    scopes = {"group": "read:users:groups", "state": "admin:server_state", "option": "read:servers"}
-    return scopes.get(field.partition(".")[0], "list:users")
+class Policies:
+    """Finds the policy for a server or user: that of the first rule that applies, else that of the options.
+
+    Most servers differ only in their user's name. So the rules that match all other fields are remembered by the
+    values of these fields, and only the globs for names are tried for each server.
+    """
+
+    def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
+        self._rules = rules
+        self._default = default
+        fields = dict.fromkeys(field for rule, _ in rules for field, _ in rule.matches)
+        self._fields = [field for field in fields if field != "user"]
+        self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
+
+    def find(self, target: Server | User) -> Policy:
+        """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
+        if not self._rules:
+            return self._default
+        values = tuple([readable_values(target, field) for field in self._fields])
+        candidates = self._remembered.get(values)
+        if candidates is None:
+            if len(self._remembered) >= 10_000:
+                self._remembered.clear()
+            candidates = self._remembered[values] = self._matching(dict(zip(self._fields, values, strict=True)))
+        name = target.user if isinstance(target, Server) else target.name
+        for globs, policy in candidates:
+            if all([glob.match(name) for glob in globs]):
+                return policy
+        return self._default
+
+    def _matching(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy]]:
+        """The rules that match these values, each as its globs for the user's name and its policy."""
+        return [
+            ([glob for field, glob in rule.matches if field == "user"], policy)
+            for rule, policy in self._rules
+            if all(any(map(glob.match, values[field])) for field, glob in rule.matches if field != "user")
+        ]
+
+
+def readable_values(target: Server | User, field: str) -> tuple[str, ...]:
+    """The same as field_values. Raises UnreadableError for a field that the Hub does not show."""
+    values = field_values(target, field)
+    if values is None:
+        kind = kind_of(field)
+        scope = FIELD_SCOPES.get(kind, "read:servers" if kind in SERVER_FIELDS else "list:users")
+        raise UnreadableError(
+            f"a rule matches {field}=, but the Hub does not show it for {target.full_name}: the token needs the scope"
+            f" {scope}, or the Hub is too old"
+        )
+    return values
+
+
+# ---- The arbiter: the administrator's own decision in place of the timeout
+
+ARBITER_ARGUMENTS = frozenset(("inactive", "inactive_limit", "server", "user"))
+
+
+class Arbiter(NamedTuple):
+    """A function, plain or async, that says whether to cull a server."""
+
+    function: Callable[..., object]
+    arguments: frozenset[str]  # those of ARBITER_ARGUMENTS that it takes
+
+    def __call__(self, **arguments: object) -> bool:
+        """Ask it. Raises whatever it raises."""
+        import asyncio
+        import inspect
+
+        answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
+        if inspect.isawaitable(answer):
+            answer = asyncio.run(wait_for(answer))
+        return bool(answer)
+
+
+async def wait_for(awaitable: Awaitable[object]) -> object:
+    """Wait for any awaitable; asyncio.run takes coroutines only."""
+    return await awaitable
+
+
+def load_arbiter(name: str) -> Arbiter:
+    """Load `MODULE:FUNC` or `FILE.py:FUNC`. Raises ValueError with a sentence if that fails."""
+    import importlib
+    import importlib.util
+    import inspect
+
+    source, _, function_name = name.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            # Config files of jupyterhub-idle-culler end in `c.IdleCuller.cull_arbiter_hook = …`
+            vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(source)
+        function = getattr(module, function_name)
+        parameters = inspect.signature(function).parameters
+    except (Exception, SystemExit) as error:  # whatever the administrator's module raises
+        raise ValueError(f"{name!r} cannot be loaded: {describe(error)}.") from None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return Arbiter(function, ARBITER_ARGUMENTS)
+    if unknown := [n for n, p in parameters.items() if p.default is p.empty and n not in ARBITER_ARGUMENTS]:
+        known = ", ".join(sorted(ARBITER_ARGUMENTS))
+        raise ValueError(f"{name!r} has an argument {unknown[0]!r}, but only these are passed: {known}.")
+    return Arbiter(function, ARBITER_ARGUMENTS & parameters.keys())
+
+
+def describe(error: BaseException) -> str:
+    """An exception of somebody else's code in a few words."""
+    return f"{type(error).__name__}: {one_line(str(error))}"
+
+
+def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: datetime) -> Verdict:
+    """Decide like judge_server, but let the arbiter decide in place of the timeout. If it fails, the server is kept."""
+    verdict = judge_server(server, policy._replace(timeout=Limit(NEVER)), now)
+    if verdict.cull or verdict.because != "idle":  # due by its age, or kept for another reason than the limits
+        return verdict
+    try:
+        cull = arbiter(
+            inactive=verdict.idle,
+            inactive_limit=policy.timeout.duration.total_seconds(),
+            server=server.model,
+            user=server.user_model,
+        )
+    except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
+        return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(doubt=True)
+    idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
+    return verdict._replace(cull=cull, because=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
+
+
+# ---- Settings: each option is declared once, as a field of Settings
+
+LONGEST = timedelta(days=365)
+IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
+WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
+
+
+class TextType(click.ParamType[Any]):
+    """The type of an option whose text a function reads. ValueError of the function is the sentence for the user."""
+
+    def __init__(self, read: Callable[[str], object], name: str) -> None:
+        self.read = read
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the text. Raises click.BadParameter."""
+        try:
+            return self.read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """The name is written as it is."""
+        return self.name
+
+
+def duration_type(*, least: timedelta = ZERO, most: timedelta = NEVER, never: bool = False) -> TextType:
+    """The type of a duration within these bounds, or perhaps `never`."""
+
+    def read(text: str) -> timedelta:
+        duration = parse_limit(text) if never else parse_duration(text)
+        if duration < least:
+            raise ValueError(f"{text!r} is too short: at least {least.total_seconds():g}s.")
+        if duration > most:
+            raise ValueError(f"{text!r} is too long: at most {format_duration(most)}.")
+        return duration
+
+    return TextType(read, "DURATION|never" if never else "DURATION")
+
+
+class Fuse(NamedTuple):
+    """How much one pass may cull (--max-culls)."""
+
+    most: float
+    percent: bool  # of the ready servers, and of the users
+
+    def __str__(self) -> str:
+        return f"{self.most:g}{'%' if self.percent else ''}"
+
+    def check(self, what: str, due: int, total: int) -> None:
+        """Raise FuseBlownError if more are due. `what`: servers or users; `total`: how many there are."""
+        if due > (self.most * total / 100 if self.percent else self.most):
+            raise FuseBlownError(
+                f"nothing is culled, because {due} of {total} {what} are due and --max-culls is {self};"
+                " look at them with --dry-run, and raise --max-culls if they should go"
+            )
+
+
+def parse_fuse(text: str) -> Fuse:
+    """Read a number or a percentage. Raises ValueError."""
+    match = re.fullmatch(rf"({NUMBER})%|([0-9]+)", text.strip())
+    if not match or float(match[1] or 0) > 100:
+        raise ValueError(f"{one_line(text, 40)!r} is neither a number, such as 20, nor a percentage, such as 10%.")
+    return Fuse(float(match[1] or match[2]), percent=bool(match[1]))
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    """Split a command like a shell. Raises ValueError if that fails, or its program does not exist."""
+    import shlex
+    import shutil
+
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{one_line(text)!r}: {error}.") from None
+    if not words or "\0" in text or not shutil.which(words[0]):
+        raise ValueError(f"{one_line(words[0] if words else text)!r} is no program that can be run.")
+    return words
+
+
+def parse_path(text: str) -> str:
+    """A path. Raises ValueError for what cannot be one."""
+    if not text or "\0" in text:
+        raise ValueError(f"{one_line(text)!r} is not a path.")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """Check an address as far as that is possible without a request. Raises ValueError."""
+    from urllib.parse import urlsplit
+
+    try:
+        url = urlsplit(text)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not re.fullmatch("[!-~]+", text):
+        raise ValueError(f"{one_line(text)!r} is not a URL like http://127.0.0.1:8081/hub/api.")
+    if url.username is not None or url.query or url.fragment:
+        raise ValueError("the URL of a Hub has no user, no password, no ? and no #.")
+    return text.rstrip("/")
+
+
+def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Take defaults from a TOML file whose keys are the names of options."""
+    import tomllib
+
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
+    except ValueError as error:
+        hint = '; durations and texts need quotes, such as timeout = "1h"'
+        raise click.BadParameter(f"{path} is not TOML: {one_line(str(error))}{hint}.", ctx, param) from None
+    types = {field.name: field.metadata.get("type") for field in dataclasses.fields(Settings) if field.name != "config"}
+    defaults: dict[str, str | list[str]] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else ""
+            raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}.", ctx, param)
+        if name == "rule":
+            defaults[name] = [str(rule) for rule in (value if isinstance(value, list) else [value])]
+        elif isinstance(value, (dict, list)):
+            raise click.BadParameter(f"{path}: {key} must be one value, not a table or a list.", ctx, param)
+        elif types[name] in (FILE_TYPE, DIRECTORY_TYPE) and not isinstance(value, str):
+            raise click.BadParameter(f"{path}: {key} must be a text in quotes.", ctx, param)
+        else:
+            defaults[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    ctx.default_map = defaults
+    return path
+
+
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """The names that somebody who wrote this one probably meant, best first."""
+    import difflib
+
+    return difflib.get_close_matches(name, names, n=1)
+
+
+def option_name(field: str) -> str:
+    """The name of an option, from that of its field."""
+    return field.replace("_", "-")
+
+
+def option(heading: str, help: str, *names: str, **attrs: Any) -> Any:
+    """A field that is an option, and an environment variable CULL_IDLE_…, of its name; `attrs` as of click.Option."""
+    return dataclasses.field(metadata={"names": names, "show_default": True, "help": help, "heading": heading, **attrs})
+
+
+def switch(heading: str, help: str, *names: str, **attrs: Any) -> Any:
+    """A field that is an option without a value."""
+    return option(heading, help, *names, is_flag=True, show_default=False, **attrs)
+
+
+def boolean(heading: str, help: str, default: str) -> Any:
+    """A field that is an option with or without a value: --option or --option=BOOL."""
+    return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
+
+
+class ClientCertificate(NamedTuple):
+    """Paths of what a Hub with internal_ssl and its clients prove themselves with."""
+
+    key: str
+    cert: str
+    ca: str
+
+
+LIMIT_TYPE = duration_type(never=True)
+FILE_TYPE, DIRECTORY_TYPE = TextType(parse_path, "FILE"), TextType(parse_path, "DIR")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """Everything that the command line, the environment, the config file and the defaults decide."""
+
+    timeout: timedelta = option(
+        WHAT,
+        "Stop servers idle for at least this long; 0 stops every ready server.",
+        type=LIMIT_TYPE,
+        default="10m",
+    )
+    max_age: timedelta = option(
+        WHAT,
+        "Stop servers that started at least this long ago, even active ones; 0 is never.",
+        type=LIMIT_TYPE,
+        default="never",
+    )
+    cull_default_servers: bool = boolean(WHAT, "Cull default servers.", "true")
+    cull_named_servers: bool = boolean(WHAT, "Cull named servers.", "true")
+    remove_named_servers: bool = boolean(WHAT, "Also remove a named server once it is stopped.", "false")
+    cull_users: bool = boolean(WHAT, "Also delete idle users who have no running server left.", "false")
+    cull_admin_users: bool = boolean(WHAT, "Let --cull-users delete admins too.", "true")
+    user_timeout: timedelta | None = option(
+        WHAT, "Idle time after which --cull-users deletes a user.  [default: --timeout]", type=LIMIT_TYPE
+    )
+    user_max_age: timedelta | None = option(
+        WHAT, "Age after which --cull-users deletes a user; 0 is never.  [default: --max-age]", type=LIMIT_TYPE
+    )
+    rule: tuple[Rule, ...] = option(
+        WHAT,
+        "An exception, such as 'group=gpu timeout=30m' or 'user=svc-* keep'; may be repeated, the first that matches"
+        f" applies. Globs match {', '.join(MATCHES)}.",
+        type=TextType(parse_rule, "RULE"),
+        multiple=True,
+    )
+    arbiter: Arbiter | None = option(
+        WHAT,
+        "Your own decision in place of --timeout: a function that takes inactive, inactive_limit, server and user, or"
+        " some of them, and returns whether to cull.",
+        type=TextType(load_arbiter, "MODULE:FUNC|FILE.py:FUNC"),
+    )
+    max_culls: Fuse | None = option(
+        WHAT,
+        "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
+        " of the ready servers, and of the users.",
+        type=TextType(parse_fuse, "N|N%"),
+    )
+
+    once: bool = switch(WHEN, "Make one pass, then exit.")
+    cull_every: timedelta | None = option(
+        WHEN,
+        "Time between the starts of two passes, which never overlap.  [default: half of --timeout]",
+        type=duration_type(least=timedelta(seconds=1), most=LONGEST),
+    )
+    dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, exit; with -v also show what is kept.")
+    explain: str | None = option(
+        WHEN,
+        "Explain the decision for a user's default server, or a named one, change nothing, exit.",
+        metavar="USER[/SERVER]",
+    )
+
+    url: str = option(
+        HUB,
+        "The Hub's API; $JUPYTERHUB_API_URL if set.",
+        envvar=["JUPYTERHUB_API_URL"],
+        type=TextType(parse_url, "URL"),
+        default="http://127.0.0.1:8081/hub/api",
+    )
+    token_file: str | None = option(
+        HUB,
+        "Read the API token from this file, before each pass, instead of from $JUPYTERHUB_API_TOKEN.",
+        type=FILE_TYPE,
+    )
+    concurrency: int = option(
+        HUB, "Requests in flight at the same time.", type=click.IntRange(1, 1000), default=10, metavar="N"
+    )
+    api_page_size: int = option(
+        HUB,
+        "Users per page; the Hub may send fewer, 0 leaves it to the Hub.",
+        type=click.IntRange(min=0),
+        default=200,
+        metavar="N",
+    )
+    request_timeout: timedelta = option(
+        HUB,
+        "Time for one request; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
+        envvar=["JUPYTERHUB_REQUEST_TIMEOUT"],
+        type=duration_type(least=timedelta(milliseconds=1), most=timedelta(days=1)),
+        default="1m",
+    )
+    ssl_enabled: bool = boolean(HUB, "Use the client certificates of a Hub with internal_ssl.", "false")
+    internal_certs_location: str = option(
+        HUB,
+        "Directory of the internal_ssl certificates; $JUPYTERHUB_SSL_KEYFILE, …CERTFILE and …CLIENT_CA come first.",
+        type=DIRECTORY_TYPE,
+        default="internal-ssl",
+    )
+
+    verbose: bool = switch(OUTPUT, "Also say what is kept, and why.", "-v")
+    quiet: bool = switch(OUTPUT, "Say nothing unless something fails.", "-q")
+    log_level: str | None = option(
+        OUTPUT,
+        "How much to log: debug, info, warning, error or critical.  [default: info]",
+        type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
+        metavar="LEVEL",
+    )
+    json: bool = switch(OUTPUT, "Print events as JSON Lines.")
+    warn_before: timedelta | None = option(
+        OUTPUT, "Report servers that will be due within this time if nothing happens.", type=duration_type(most=LONGEST)
+    )
+    notify: tuple[str, ...] | None = option(
+        OUTPUT,
+        "Run this for each server or user warned, culled, stopping or failed, with its JSON on standard input.",
+        type=TextType(parse_command, "COMMAND"),
+    )
+    metrics_file: str | None = option(
+        OUTPUT,
+        "Write metrics for node_exporter's textfile collector after each pass.",
+        type=FILE_TYPE,
+    )
+    config: str | None = option(
+        OUTPUT,
+        "Take defaults from a TOML file of these options.",
+        type=FILE_TYPE,
+        is_eager=True,
+        callback=read_config,
+    )
+
+    @property
+    def level(self) -> str:
+        """The level of the log."""
+        if self.log_level:
+            return self.log_level
+        if self.verbose:
+            return "debug"
+        return "error" if self.quiet else "info"
+
+    @property
+    def idle_steps(self) -> list[timedelta]:
+        """The idle times for which servers are counted."""
+        if self.dry_run:
+            return sorted({*map(parse_duration, IDLE_STEPS), self.timeout} - {NEVER})
+        return [self.timeout] if self.json or self.metrics_file else []
+
+    @property
+    def interval(self) -> timedelta:
+        """Time between the starts of two passes: half of the timeout, or of the maximal age, or 5 minutes."""
+        if self.cull_every:
+            return self.cull_every
+        limits = [limit for limit in (self.timeout, self.max_age) if ZERO < limit < NEVER]
+        half = limits[0] / 2 if limits else timedelta(minutes=5)
+        return min(max(half, timedelta(seconds=1)), LONGEST)
+
+    def judge_server(self, server: Server, now: datetime) -> Verdict:
+        """Decide about a server by options, rules and arbiter. Raises UnreadableError."""
+        policy = self.server_policies.find(server)
+        return (
+            judge_with_arbiter(server, policy, self.arbiter, now) if self.arbiter else judge_server(server, policy, now)
+        )
+
+    def judge_user(self, user: User, now: datetime) -> Verdict:
+        """Decide about a user by options and rules. Raises UnreadableError."""
+        return judge_user(user, self.user_policies.find(user), now)
+
+    @cached_property
+    def server_policies(self) -> Policies:
+        """What makes each server due."""
+        default = Policy(
+            Limit(self.timeout),
+            Limit(self.max_age or NEVER),
+            default_servers=self.cull_default_servers,
+            named_servers=self.cull_named_servers,
+        )
+        return Policies([(rule, rule.policy(number, default)) for number, rule in self.numbered_rules], default)
+
+    @cached_property
+    def user_policies(self) -> Policies:
+        """What makes each user due. Of a rule only `keep` counts: its limits are for servers."""
+        default = Policy(
+            Limit(self.timeout if self.user_timeout is None else self.user_timeout),
+            Limit((self.max_age if self.user_max_age is None else self.user_max_age) or NEVER),
+            admins=self.cull_admin_users,
+        )
+        return Policies(
+            [
+                (rule, rule.policy(number, default) if rule.keep else default)
+                for number, rule in self.numbered_rules
+                if rule.for_users
+            ],
+            default,
+        )
+
+    @property
+    def numbered_rules(self) -> list[tuple[int, Rule]]:
+        """The rules, numbered from 1."""
+        return list(enumerate(self.rule, 1))
+
+    @property
+    def rule_scopes(self) -> list[str]:
+        """Scopes that the rules need beyond those of every pass."""
+        kinds = [kind_of(field) for rule in self.rule for field, _ in rule.matches]
+        return [FIELD_SCOPES[kind] for kind in dict.fromkeys(kinds) if kind in FIELD_SCOPES]
+
+    @property
+    def client_certificate(self) -> ClientCertificate | None:
+        """The client certificate, if the Hub wants one."""
+        from_hub = [os.environ.get(f"JUPYTERHUB_SSL_{name}", "") for name in ("KEYFILE", "CERTFILE", "CLIENT_CA")]
+        if all(from_hub):
+            return ClientCertificate(*from_hub)
+        if not self.ssl_enabled:
+            return None
+        base = f"{self.internal_certs_location}/hub-internal/hub-internal"
+        return ClientCertificate(f"{base}.key", f"{base}.crt", f"{self.internal_certs_location}/hub-ca/hub-ca.crt")
 
 
 # ---- The Hub
 
 READ_SIZE = 1 << 16  # bytes
-LARGEST_BODY = 1 << 28  # bytes; the list of half a million users, from a Hub that knows no pages
-NO_API = "--url must lead to a JupyterHub API, and usually ends in /hub/api"
-NO_TLS = "a Hub with internal_ssl wants --ssl-enabled and its --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
-NO_TOKEN = (
-    "the token must be of this Hub, not expired, and its owner have a role or, before JupyterHub 2.0, be an admin"
+LARGEST_LIST = 1 << 28  # bytes; half a million users, from a Hub before 2.0, which has no pages
+MOST_CONNECTIONS = 1000
+LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has some 300 KB
+CONNECT_SECONDS = 10.0
+API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
+TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
+TOKEN_HINT = (
+    "the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub 2.0: be an admin)"
 )
+
+# One answer is parsed at a time: what users put into their options takes up to 30 times its length in memory.
+parsing = threading.Lock()
 
 
 class Answer(NamedTuple):
-    """What the Hub answered to one request."""
+    """The Hub's answer to one request."""
 
     status: int
     body: bytes
     now: datetime  # the Hub's clock
+    requested: float = 0  # time.monotonic() then
 
-    def json(self) -> object:
-        """The body as JSON, whatever its Content-Type says: JupyterHub 0.6 and 0.7 call it HTML. Raises ValueError."""
+    def json(self) -> Any:
+        """The body as JSON, whatever its Content-Type (JupyterHub 0.6 and 0.7 call it HTML).
+
+        Raises ValueError for no JSON, RecursionError for one that is nested too deeply.
+        """
         import json
 
         try:
             return json.loads(self.body)
-        except (ValueError, RecursionError):
+        except ValueError:
             looks = "HTML" if self.body.lstrip()[:1] == b"<" else "no JSON" if self.body else "nothing"
             raise ValueError(f"answered {looks}") from None
 
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The error as the Hub itself reports it, with `status` and `message`; None if a proxy may have answered."""
+        with contextlib.suppress(ValueError, RecursionError):
+            error = self.json()
+            if isinstance(error, dict) and error.get("status") == self.status and "message" in error:
+                return error
+        return None
+
     def __str__(self) -> str:
-        """What it was, for a sentence, with the Hub's own words."""
-        with contextlib.suppress(ValueError):
-            match self.json():
-                case {"message": str(words)} if words:
-                    return f"answered {self.status} ({shorten(words)})"
+        """What was answered, with the Hub's own words: `answered 404 (no such user)`."""
+        with contextlib.suppress(ValueError, RecursionError):
+            content = self.json()
+            message = content.get("message") if isinstance(content, dict) else None
+            if message and isinstance(message, str):
+                return f"answered {self.status} ({one_line(message)})"
         return f"answered {self.status}"
 
 
 class Page(NamedTuple):
     """A part of the user list; the whole list from Hubs before 2.0."""
 
-    models: list[object]
+    models: list[Any]  # of users
     now: datetime  # the Hub's clock
+    requested: float  # time.monotonic() then
     offset: int
-    next: object = None  # null on the last page, else {"offset": …}
+    following: object = None  # null on the last page, else {"offset": …}
     total: object = None  # how many users there are, if the Hub says so
+    problem: str = ""  # in place of models: why a user is left out
 
     def next_offset(self) -> int | None:
-        """Where the next page starts, None after the last. Raises HubError for a pagination that would never end."""
-        if self.next is None:
+        """Where the next page starts, None after the last. Raises HubError if that makes no sense."""
+        if self.following is None:
             return None
-        offset = self.next.get("offset") if isinstance(self.next, dict) else None
+        offset = self.following.get("offset") if isinstance(self.following, dict) else None
         total = self.total if isinstance(self.total, int) else sys.maxsize
         if type(offset) is not int or not self.offset < offset < total:
-            raise HubError(
-                f"GET /users: the page after offset {self.offset} would start at {offset}; the rest is not read"
-            )
+            shown = one_line(str(offset), 40)
+            raise HubError(f"GET /users: the page after offset {self.offset} starts at {shown}; the rest is not read")
         return offset
 
 
 def read_page(answer: Answer, offset: int) -> Page | None:
-    """Read an answer as the part of the user list that begins there, None if it is other JSON. Raises ValueError."""
-    match answer.json():
-        case list(models):
-            return Page(models, answer.now, offset)
-        case {"items": list(models), "_pagination": {"next": following} as pagination}:
-            return Page(models, answer.now, offset, following, pagination.get("total"))
+    """Read an answer as the part of the user list that starts at an offset; None for other JSON.
+
+    Raises ValueError for no JSON, RecursionError for one that is nested too deeply.
+    """
+    content = answer.json()
+    if isinstance(content, list):
+        return Page(content, answer.now, answer.requested, offset)
+    if isinstance(content, dict):
+        models, pagination = content.get("items"), content.get("_pagination")
+        if isinstance(models, list) and isinstance(pagination, dict) and "next" in pagination:
+            total = pagination.get("total")
+            return Page(models, answer.now, answer.requested, offset, pagination["next"], total)
     return None
-
-
-def read_body(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Read an answer's body. Raises ValueError for one that is too large to be an answer."""
-    chunks, size = [], 0
-    for chunk in response.stream(READ_SIZE, decode_content=True):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > LARGEST_BODY:
-            raise ValueError(f"the answer has more than {LARGEST_BODY >> 20} MiB")
-    return b"".join(chunks)
-
-
-def punctual(connection: type) -> type:
-    """Connections whose timeout bounds a whole answer; that of urllib3 bounds each read, and an answer may drip."""
-    import io
-    from http.client import HTTPResponse
-
-    class Reader(io.RawIOBase):
-        def __init__(self, sock: socket.socket) -> None:
-            self.sock = sock
-            self.stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
-            self.deadline = time.monotonic() + (sock.gettimeout() or 0)
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            return self.stream.readinto(buffer) or 0
-
-        def close(self) -> None:
-            self.stream.close()
-            super().close()
-
-    class Response(HTTPResponse):
-        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-            super().__init__(sock, *args, **kwargs)
-            self.fp.close()
-            self.fp = io.BufferedReader(Reader(sock), READ_SIZE)
-
-    return type("Connection", (connection,), {"response_class": Response})
-
-
-class ClientTLS(NamedTuple):
-    """The certificates, as paths, with which a Hub with internal_ssl and its clients know each other."""
-
-    key: str
-    cert: str
-    ca: str
 
 
 class Identity(NamedTuple):
@@ -783,187 +1214,300 @@ class Identity(NamedTuple):
 
     kind: str  # "service" or "user"
     name: str
-    scopes: set[str]  # expanded, without their filters
+    scopes: frozenset[str]  # expanded, with their filters: `delete:servers!group=students`
+
+    def may(self, scope: str) -> bool:
+        """True if the token has the scope, perhaps for some users only."""
+        return any(each.partition("!")[0] == scope for each in self.scopes)
+
+    def filtered(self, *scopes: str) -> list[str]:
+        """Those of these scopes that the token has for some users only, with their filters."""
+        return sorted(each for each in self.scopes if "!" in each and each.partition("!")[0] in scopes)
+
+
+class Look(NamedTuple):
+    """What the Hub says of one user."""
+
+    user: User | None  # None if there is no such user
+    now: datetime  # the Hub's clock
 
 
 class Hub:
-    """The REST API of one Hub, as far as culling needs it.
+    """The REST API of one Hub, as far as culling needs it. Threads may share it.
 
-    Threads may share it: each has a connection of its own. Every method that asks raises HubError, or its TryAgain
-    where another try may help. The token goes into the Authorization header and nowhere else: requests finds the way
-    and the certificates, but sends nothing itself, or it would follow redirects, keep cookies and look into .netrc.
+    Every method that sends a request raises HubError, or its TryAgain where another try may help.
+    The token goes into the Authorization header of requests to the Hub, and nowhere else: no redirect is followed,
+    and no .netrc and no cookies are used.
     """
 
-    def __init__(self, url: str, token: str, request_timeout: timedelta, tls: ClientTLS | None = None) -> None:
+    def __init__(
+        self, url: str, token: str, request_timeout: timedelta, certificate: ClientCertificate | None = None
+    ) -> None:
         self.url = url
+        self.version: str | None = None  # of JupyterHub, once it has said so
         self._headers = {
             "Authorization": f"token {token}",
             "Accept": "application/jupyterhub-pagination+json",
             "User-Agent": f"cull_idle/{__version__}",
         }
         self._timeout = request_timeout
-        self._tls = tls
-        self.version: str | None = None  # of JupyterHub, as soon as it has said so
-        self._rewritten: dict[str, bool] = {}
+        self._certificate = certificate
+        self._probing = threading.Lock()
+        self._decoded: dict[str, bool] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_way" in vars(self):
-            self._way[0].close()  # on their own they are closed when the last exception from them is freed
+        if "_adapter" in vars(self):
+            self._adapter.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
 
-        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore this, those before 2.0 all the rest.
+        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore this, those before 2.0 all of it.
         """
         query = {"state": "ready" if ready_only else None, "limit": size, "offset": offset}
-        answer = self._ask("GET", "/users", {key: value for key, value in query.items() if value})
+        answer = self._request("GET", "/users", {key: value for key, value in query.items() if value})
+        where = f"GET /users: {self.url}"
         if answer.status in (401, 403):
-            raise HubError(f"GET /users: {self.url} {answer}; {NO_TOKEN}")
+            raise HubError(f"{where} {answer}; {TOKEN_HINT}", refused=True)
         if answer.status != 200:
-            raise HubError(f"GET /users: {self.url} {answer}; {NO_API}")
+            raise HubError(f"{where} {answer}; {self._api_hint}")
         try:
-            page = read_page(answer, offset)
+            with parsing:
+                page = read_page(answer, offset)
         except ValueError as error:
-            raise HubError(f"GET /users: {self.url} {error}; {NO_API}") from None
-        if page is None:
-            raise HubError(f"GET /users: {self.url} answered JSON that is not a user list; {NO_API}")
+            raise HubError(f"{where} {error}; {self._api_hint}") from None
+        except RecursionError:
+            nested = f"{where} answered JSON that is nested too deeply"
+            raise (HubError if answer.body.startswith(b"[") else TooMuchData)(nested) from None
+        if page is None or (page.models and not any(is_user(model) for model in page.models)):
+            raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
         return page
 
-    def user(self, name: str) -> tuple[User | None, datetime]:
-        """Look at one user; None if there is no such user, or no such request; and the Hub's clock."""
-        answer = self._ask("GET", path := f"/users/{segment(name)}")
-        if answer.status in (404, 405):
-            return None, answer.now
-        if answer.status != 200:
-            raise HubError(f"GET {path}: the Hub {answer}")
-        try:
-            user = read_user(answer.json())
-        except ValueError as error:
-            raise HubError(f"GET {path}: the Hub {error}") from None
-        if user.name != name:
-            raise HubError(f"GET {path}: the Hub answered another user")
-        return user, answer.now
+    def look(self, name: str) -> Look | None:
+        """Look at one user. None if something other than the Hub answers, such as an ingress, or cannot do this.
 
-    def knows(self, name: str) -> bool:
-        """Whether the Hub does not deny that there is such a user."""
-        return self._ask("GET", f"/users/{segment(name)}").status != 404
+        Only the Hub itself can say that there is no such user.
+        """
+        answer = self._request("GET", path := f"/users/{segment(name)}")
+        if answer.status == 404 and answer.error:
+            return Look(None, answer.now)
+        if answer.status in (404, 405):
+            return None
+        if answer.status in (401, 403):
+            kind = f"GET /users/…: the Hub answered {answer.status}"
+            raise HubError(f"GET {path}: the Hub {answer}; {TOKEN_HINT}", kind, refused=True)
+        kind = f"GET /users/…: the Hub answered {answer.status}"
+        if answer.status != 200:
+            raise HubError(f"GET {path}: the Hub {answer}", kind)
+        try:
+            with parsing:
+                user = read_user(answer.json())
+        except (ValueError, RecursionError) as error:
+            why = error if isinstance(error, ValueError) else "answered JSON that is nested too deeply"
+            raise HubError(f"GET {path}: the Hub {why}", kind) from None
+        if user.name != name:
+            raise HubError(f"GET {path}: the Hub answered another user", kind)
+        return Look(user, answer.now)
 
     def stop(self, server: Server, *, remove: bool) -> Answer:
-        """Tell the Hub to stop a server and, if it is a named one, also to remove it."""
+        """Tell the Hub to stop a server and, if it is a named one, perhaps to remove it."""
         path = f"/users/{segment(server.user)}"
         if not server.name:
-            return self._ask("DELETE", f"{path}/server")
-        return self._ask("DELETE", f"{path}/servers/{segment(server.name)}", body={"remove": True} if remove else None)
+            return self._request("DELETE", f"{path}/server")
+        body = {"remove": True} if remove else None
+        return self._request("DELETE", f"{path}/servers/{segment(server.name)}", body=body)
 
     def delete_user(self, name: str) -> Answer:
-        """Tell the Hub to delete a user, and to stop the user's servers first."""
-        return self._ask("DELETE", f"/users/{segment(name)}")
-
-    def check_way_for(self, *names: str) -> None:
-        """Raise HubError if a proxy on the way to the Hub would make another's path of one with these names.
-
-        configurable-http-proxy does of one with a server named `.`, and nginx of one with `../../ann/server` if its
-        proxy_pass ends in a path.
-        """
-        for code in {code for name in names for code in risky_codes(name)}:
-            if self._rewrites(code):
-                raise HubError(
-                    f"a proxy on the way to {self.url} rewrites {code} in paths, so that this name may come to mean"
-                    " another's; it must pass paths on unchanged, or --url lead past it"
-                )
+        """Tell the Hub to delete a user. The Hub would stop a server of the user's first."""
+        return self._request("DELETE", f"/users/{segment(name)}")
 
     def identity(self) -> Identity | None:
-        """Whose the token is and which scopes it has; None from Hubs that cannot tell (before 2.0)."""
-        answer = self._ask("GET", "/user")
-        with contextlib.suppress(ValueError):
-            match answer.json():
-                case {"kind": str(kind), "name": str(name), "scopes": list(scopes)}:
-                    return Identity(kind, name, {str(scope).partition("!")[0] for scope in scopes})
+        """Whose the token is, and its scopes; None from Hubs that cannot tell (before 2.0)."""
+        answer = self._request("GET", "/user")
+        with contextlib.suppress(ValueError, RecursionError):
+            model = answer.json()
+            if isinstance(model, dict) and isinstance(scopes := model.get("scopes"), list):
+                kind, name = (one_line(str(model.get(key)), 100) for key in ("kind", "name"))
+                return Identity(kind, name, frozenset(map(str, scopes)))
         return None
 
-    def _rewrites(self, code: str) -> bool:
-        """Whether the user list is found where it is only if this code is decoded."""
-        if code not in self._rewritten:
-            answer = self._ask("GET", LEADS_TO_USERS[code], {"limit": 1})
-            self._rewritten[code] = False
-            with contextlib.suppress(ValueError):
-                self._rewritten[code] = read_page(answer, 0) is not None
-        return self._rewritten[code]
+    def check_path_safe(self, *names: str) -> None:
+        """Raise HubError if a proxy on the way to the Hub could turn the path of these names into another's.
 
-    def _ask(self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None) -> Answer:
+        A proxy that decodes %2F makes bob's server s1 of `/users/..%2F..%2Fbob%2Fservers%2Fs1`. So, before the first
+        such name, ask for the user list in a way that only such a proxy understands.
+        """
+        for code in {code for name in names for code in risky_codes(name)}:
+            with self._probing:  # others wait for the result
+                if code not in self._decoded:
+                    self._decoded[code] = self._is_decoded(code)
+            if self._decoded[code]:
+                raise HubError(
+                    f"a proxy on the way to {self.url} decodes {code} in paths, so the request could reach another"
+                    " user's server; the proxy must pass paths on unchanged, or --url must lead past it",
+                    "a proxy decodes paths",
+                )
+
+    def _is_decoded(self, code: str) -> bool:
+        """True if a path that only leads to the user list with this code decoded does not lead to nowhere."""
+        answer = self._request("GET", PROBES[code], {"limit": 1})
+        if answer.status in (200, 404):
+            return answer.status == 200
+        raise HubError(f"GET {PROBES[code]}: {self.url} {answer}, so it is not known whether a proxy decodes paths")
+
+    @property
+    def _api_hint(self) -> str:
+        if self.url.endswith("/hub/api"):
+            return API_HINT
+        return f"{API_HINT}: try --url {self.url.removesuffix('/hub')}/hub/api"
+
+    def _request(
+        self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None
+    ) -> Answer:
         """Send one request and read its answer."""
-        import json
         from urllib.parse import urlencode
 
-        import urllib3
+        import requests
 
+        prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
+        prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would normalize it
+        timeout = self._timeout.total_seconds()
+        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        requested = time.monotonic()
         try:
-            pool, api = self._way
-            headers = self._headers if body is None else {**self._headers, "Content-Type": "application/json"}
-            response = pool.urlopen(
-                method,
-                f"{api}{path}" + (f"?{urlencode(query)}" if query else ""),
-                None if body is None else json.dumps(body),
-                headers,
-                retries=False,
-                redirect=False,
-                timeout=self._timeout.total_seconds(),
-                preload_content=False,
-                enforce_content_length=True,
-            )
-            with contextlib.closing(response):
-                content = read_body(response)
-        except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # all that requests raises is an OSError
-            raise no_answer(f"{method} {path}", self.url, error, self._timeout) from None
+            # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
+            response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport)
+            with response:
+                content = read_body(response, f"{method} {path}: {self.url}")
+        except OSError as error:  # all exceptions of requests are
+            raise no_answer(method, path, self.url, error, self._timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
-        answer = Answer(response.status, content, parse_http_date(response.headers.get("Date")))
+        answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")), requested)
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
-            raise TryAgain(f"{method} {path}: the Hub {answer}", pause)
+            raise TryAgain(
+                f"{method} {path}: the Hub {answer}",
+                f"{method} {general(path)}: the Hub answered {answer.status}",
+                pause,
+            )
         if 300 <= answer.status < 400:
-            where = shorten(response.headers.get("Location", "nowhere"))
-            raise HubError(f"{method} {path}: {self.url} redirects to {where}, which is not followed; {NO_API}")
+            where = one_line(response.headers.get("Location", "nowhere"))
+            sentence = f"{self.url} redirects to {where}, which is not followed; {self._api_hint}"
+            raise HubError(f"{method} {path}: {sentence}", sentence)
         return answer
 
     @cached_property
-    def _way(self) -> tuple[urllib3.HTTPConnectionPool, str]:
-        """Connections to the Hub, and the API's path there."""
+    def _transport(self) -> dict[str, Any]:
+        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
         import requests
 
-        request = requests.Request("GET", self.url).prepare()
-        cert = (self._tls.cert, self._tls.key) if self._tls else None
-        verify: Any = self._tls.ca if self._tls else None
-        proxies: Any = None  # one for plain HTTP would see the token
-        if self.url.startswith("https:"):
-            by_user = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
-            verify, proxies = by_user["verify"], by_user["proxies"]
-        adapter = requests.adapters.HTTPAdapter()
-        pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies, cert)
-        adapter.cert_verify(pool, self.url, verify, cert)  # type: ignore[no-untyped-call]
-        pool.ConnectionCls = punctual(pool.ConnectionCls)
-        return pool, request.path_url.rstrip("/")
+        verify: Any = self._certificate.ca if self._certificate else None
+        cert = (self._certificate.cert, self._certificate.key) if self._certificate else None
+        if not self.url.startswith("https:"):
+            return {"verify": verify, "cert": cert}
+        found = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
+        return {key: found[key] for key in ("verify", "cert", "proxies")}
+
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        return adapter_with_deadline()
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads an answer from a socket, and gives up when the answer as a whole takes too long.
+
+    Guards against a server that sends a byte now and then: the timeout of requests is for each read of the socket.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
+
+    def readable(self) -> bool:
+        """Reading is all it can do."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is. Raises TimeoutError."""
+        self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        return self._stream.readinto(buffer) or 0
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._stream.close()
+        super().close()
+
+    @classmethod
+    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
+        """An http.client response that is read through a DeadlineReader."""
+        from http.client import HTTPResponse
+
+        response = HTTPResponse(sock, *args, **kwargs)
+        response.fp.close()
+        response.fp = io.BufferedReader(cls(sock), READ_SIZE)
+        return response
+
+
+def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
+    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
+    from requests.adapters import HTTPAdapter
+
+    def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        connection = connection_class(*args, **kwargs)
+        connection.response_class = DeadlineReader.read_response
+        return connection
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if not isinstance(pool.ConnectionCls, partial):
+                pool.ConnectionCls = partial(connect, pool.ConnectionCls)
+            return pool
+
+    return Adapter(pool_maxsize=MOST_CONNECTIONS)
+
+
+def read_body(response: requests.Response, request: str) -> bytes:
+    """Read an answer's body. Raises TooMuchData if it is larger than an answer may be."""
+    chunks: list[bytes] = []
+    size, largest = 0, LARGEST_PAGE
+    for chunk in response.iter_content(READ_SIZE):
+        if not chunks and chunk.startswith(b"["):
+            largest = LARGEST_LIST
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > largest:
+            raise TooMuchData(f"{request} answered more than {largest >> 20} MiB")
+    return b"".join(chunks)
+
+
+def is_user(model: object) -> bool:
+    """True if a model has a user's name."""
+    return isinstance(model, dict) and isinstance(model.get("name"), str) and bool(model["name"])
 
 
 def segment(name: str) -> str:
-    """A name as one segment of a path, such that no server or proxy takes a part of it for anything else."""
+    """A name as one segment of a path, encoded so that no server or proxy takes a part of it for anything else."""
     from urllib.parse import quote
 
     quoted = quote(name, safe="", errors="surrogatepass")
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-# Below the API's path, and by what is to be decoded in it for it to become that of the user list: else it is none.
-LEADS_TO_USERS = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
+# Paths that lead to the user list only if the code is decoded on the way; else they lead nowhere.
+PROBES = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
 
 
 def risky_codes(name: str) -> list[str]:
-    """What must not be decoded in a name's segment, because it would be more than one then, or none, or another."""
+    """The codes in a name's segment that would change the path if a proxy decoded them."""
     if name in (".", ".."):
         return ["%2E"]
-    return ["%2F"] * ("/" in name) + ["%3F"] * any(sign in name for sign in "?#%")
+    codes = ["%2F"] if "/" in name else []
+    return [*codes, "%3F"] if any(sign in name for sign in "?#%") else codes
 
 
 def parse_retry_after(text: str | None, now: datetime) -> float:
@@ -978,87 +1522,101 @@ def parse_retry_after(text: str | None, now: datetime) -> float:
         return 0
 
 
-def no_answer(request: str, url: str, error: Exception, timeout: timedelta) -> HubError:
-    """The sentence for a request that was not answered."""
+def general(path: str) -> str:
+    """A path without the name of its user: `/users/…`."""
+    return "/users/…" if path.startswith("/users/") else path
+
+
+def no_answer(method: str, path: str, url: str, error: Exception, timeout: timedelta) -> HubError:
+    """The failure of a request that was not answered: the first cause that is known decides what to say of it."""
     import socket
 
     from urllib3 import exceptions
 
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and not isinstance(cause, TypeError):
-        causes.append(cause)  # a TypeError is how urllib3 1 finds out that this is not Python 2
+        causes.append(cause)  # a TypeError is how urllib3 1.26 finds out that this is not Python 2
+    # requests passes some causes on as arguments only.
+    causes += [each for cause in causes for each in cause.args if isinstance(each, BaseException)]
+    causes += [why for each in causes if isinstance(why := getattr(each, "reason", None), BaseException)]
+    last = one_line(str(causes[-1]))
+    last_name = type(causes[-1]).__name__
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    where = f"{request}: {url}"
+    def says(*words: str) -> bool:
+        return any(word in str(cause) for cause in causes for word in words)
+
+    def try_again(sentence: str) -> TryAgain:
+        return TryAgain(f"{method} {path}: {sentence}", f"{method} {general(path)}: {sentence}")
+
+    secure = url.startswith("https:")
     if caused_by(exceptions.ProxyError):
-        return TryAgain(f"{where} is not reached through the proxy of $HTTPS_PROXY ({type(causes[-1]).__name__})")
+        return try_again(f"{url} cannot be reached through the proxy of $HTTPS_PROXY ({last_name})")
+    if secure and says("WRONG_VERSION_NUMBER", "handshake operation timed out", "record layer failure"):
+        plain = "http:" + url.removeprefix("https:")
+        return HubError(f"{method} {path}: {url} does not speak https; try --url {plain}", affects_all=True)
     if caused_by(exceptions.SSLError):
-        why = shorten(str(causes[-1]))
-        return HubError(f"{where}: TLS failed: {why}; {NO_TLS}")
+        return HubError(f"{method} {path}: {url}: TLS failed: {last}; {TLS_HINT}", affects_all=True)
     if caused_by(socket.gaierror):
-        return TryAgain(f"{where}: its host name does not resolve; is --url right?")
+        return try_again(f"{url}: its host name does not resolve; is --url right?")
     if caused_by(ConnectionRefusedError):
-        return TryAgain(f"{where} refuses the connection; is the Hub running, and --url right?")
-    if caused_by(exceptions.NewConnectionError):
-        why = getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__
-        return TryAgain(f"{where} cannot be reached: {why}; is --url right?")
-    if caused_by(exceptions.TimeoutError):
-        late = HubError(f"{where} did not answer within {timeout.total_seconds():g}s (--request-timeout)")
-        late.of_all = request.startswith("GET")  # to stop a server may take long
-        return late
+        return try_again(f"{url} refuses the connection; is the Hub running, and --url right?")
+    if caused_by(exceptions.NewConnectionError, exceptions.ConnectTimeoutError):
+        why = getattr(causes[-1], "strerror", None) or last_name
+        return try_again(f"{url} cannot be reached: {why}; is --url right?")
+    if caused_by(exceptions.TimeoutError, TimeoutError):
+        late = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
+        # Stopping a server may take long, so a late DELETE says nothing about other requests.
+        return HubError(f"{method} {path}: {late}", f"{method} {general(path)}: {late}", affects_all=method == "GET")
     if caused_by(exceptions.ProtocolError):
-        return TryAgain(
-            f"{where}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__});"
-            " if it never comes, is it http: or https:?"
-        )
-    return HubError(f"{where} cannot be asked: {shorten(str(causes[-1]))}")
+        other = "" if secure else f"; if this goes on, try --url https:{url.removeprefix('http:')}"
+        return try_again(f"{url}: the connection was lost before the whole answer had come ({last_name}){other}")
+    return HubError(f"{method} {path}: {url} cannot be asked: {last}")
 
 
 # ---- Scopes: what the token must be allowed to do, from JupyterHub 2.0 on
 
 
-def role_for(settings: Settings, identity: Identity | None) -> str:
-    """The lines of jupyterhub_config.py that allow the token's owner what these settings need."""
+def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
+    """The line of jupyterhub_config.py that gives the token's owner more scopes.
+
+    It is a role with a name of its own: a Hub does not start if a role is defined twice.
+    """
     import json
 
-    scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers"]
-    if settings.cull_users:
-        scopes.append("admin:users")
-    scopes += [scope for scope in settings.rule_scopes if scope not in scopes]
-    kind, name = (identity.kind, identity.name) if identity else ("service", "cull-idle")
-    role = {"name": "cull-idle", "scopes": scopes, f"{kind}s": [name]}
+    name = "-".join(["cull-idle", *scopes]).replace(":", "-")
+    role = {"name": name, "scopes": list(scopes), f"{identity.kind}s": [identity.name]}
     return f"c.JupyterHub.load_roles.append({json.dumps(role)})"
 
 
-def check_scopes(identity: Identity, settings: Settings) -> None:
-    """Raise HubError, with the role that would help, if the token may not do what these settings need."""
-    needed = ["list:users", "read:servers"]
-    needed += [scope for scope in settings.rule_scopes if scope not in needed]
-    if not settings.dry_run and settings.explain is None:
+def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> list[str]:
+    """The scopes that the token lacks for a pass with these settings; `to_cull`: for one that changes something."""
+    needed = ["list:users", "read:servers", *settings.rule_scopes]
+    if to_cull:
         needed.append("delete:servers")
-        if settings.cull_users and "delete:users" not in identity.scopes:
+        if settings.cull_users and not identity.may("delete:users"):
             needed.append("admin:users")
-    if missing := [scope for scope in needed if scope not in identity.scopes]:
+    return [scope for scope in needed if not identity.may(scope)]
+
+
+def check_scopes(identity: Identity, settings: Settings) -> None:
+    """Raise HubError, with the role that would help, if the token may not do what the settings need."""
+    changes_something = not settings.dry_run and settings.explain is None
+    if missing := missing_scopes(identity, settings, to_cull=changes_something):
         raise HubError(
-            f"the token of {identity.kind} {printable(identity.name)} lacks {' and '.join(missing)};"
-            f" add to jupyterhub_config.py: {role_for(settings, identity)}"
+            f"the token of {identity.kind} {identity.name} lacks {' and '.join(missing)};"
+            f" add to jupyterhub_config.py: {extra_role(identity, missing)}"
         )
 
 
-# ---- A pass: scan, then cull
+# ---- A pass: scan, decide, fuse, cull
 
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
-IN_VAIN = 10  # so many in a row without an answer, or two for each request in flight, end a pass
-
-
-class Due(NamedTuple, Generic[Target]):
-    """A server or user, and what was decided about it."""
-
-    target: Target
-    verdict: Verdict
+MOST_LEFT_OUT = 100  # users whose data is too much; with more, the Hub is not one that sends smaller pages
+UNANSWERED = 10  # so many requests in a row without an answer, or two per worker, end a pass
 
 
 class Outcome(enum.StrEnum):
@@ -1073,7 +1631,15 @@ class Outcome(enum.StrEnum):
     FAILED = "failed"
 
 
-OF_DUE = [outcome for outcome in Outcome if outcome not in (Outcome.PLANNED, Outcome.WARNED)]
+OUTCOMES_OF_DUE = [outcome for outcome in Outcome if outcome not in (Outcome.PLANNED, Outcome.WARNED)]
+
+
+class Decision(NamedTuple, Generic[Target]):
+    """A server or user, and what the scan decided about it."""
+
+    target: Target
+    verdict: Verdict
+    offset: int = 0  # of the page of the user list that it was on
 
 
 class Event(NamedTuple):
@@ -1083,10 +1649,8 @@ class Event(NamedTuple):
     outcome: Outcome
     reason: str
     verdict: Verdict
-    error: str = ""  # why it failed
-    due: datetime | None = None  # from when on something that is warned will be culled
-    ends_pass: bool = False  # the token may not do this to anything
-    in_vain: bool = False  # the Hub did not answer, and may not answer anything
+    error: HubError | None = None  # why it failed
+    due: datetime | None = None  # when something that is warned will be due
 
     def __str__(self) -> str:
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
@@ -1094,314 +1658,459 @@ class Event(NamedTuple):
         return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {why}"
 
 
+def with_retries(request: Callable[[], T], stop: threading.Event) -> T:
+    """Call a function; while it raises TryAgain, and nobody says stop, call it again, after growing pauses."""
+    for pause in PAUSES:
+        try:
+            return request()
+        except TryAgain as failure:
+            if stop.wait(min(max(pause, failure.pause), LONGEST_PAUSE)):
+                raise
+    return request()
+
+
+def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Iterator[Page]:
+    """Read the whole user list, page by page, each without the users of the page before. Raises HubError.
+
+    - Users who leave the list meanwhile move the rest forward. So pages overlap by a few users, and one that does not
+      begin with a user of the page before is read again from further back.
+    - A page that is too much to parse, because of what some user put into their options, is read again in smaller
+      parts, until only that user is left out.
+    """
+    usual = settings.api_page_size
+    size, offset, overlap = usual, 0, 0
+    before: set[str] = set()  # the users of the page before
+    last_user = "the start"
+    fruitless, left_out, stepped_back = 0, 0, False
+    while not stop.is_set():
+        try:
+            page = with_retries(partial(hub.page, offset, size=size, ready_only=not settings.cull_users), stop)
+        except TooMuchData:
+            if left_out == MOST_LEFT_OUT:
+                raise
+            if size == 1:
+                left_out += 1
+                problem = f"the user after {last_user} is left out: too much data, or nested too deeply"
+                yield Page([], datetime.now(UTC), 0, offset, problem=problem)
+                offset, before = offset + 1, set()
+            size = max((size or 50) // 8, 1)
+            continue
+        names = [model["name"] for model in page.models if is_user(model)]
+        if overlap and names and names[0] not in before and not stepped_back:
+            offset, stepped_back = max(offset - max(size, 50) // 2, 0), True
+            continue
+        stepped_back = False
+        new = [model for model in page.models if not (is_user(model) and model["name"] in before)]
+        yield page._replace(models=new)
+        next_offset = page.next_offset()
+        if next_offset is None:
+            return
+        fruitless = 0 if new else fruitless + 1
+        if fruitless == 3:
+            raise HubError(f"GET /users: {hub.url} lists no more users, but always another page; the rest is not read")
+        before, last_user = set(names), printable(names[-1]) if names else last_user
+        overlap = len(page.models) // 40
+        offset = max(next_offset - overlap, offset + 1)
+        size = usual if size * 8 >= (usual or 50) else size * 8
+
+
 @dataclasses.dataclass(eq=False, repr=False)
-class Scan:
-    """What the user list says, taken in page by page. What is kept is only told, or a large Hub would not fit."""
+class Findings:
+    """What the scan found. Kept servers are only counted and reported, so memory stays flat."""
 
     settings: Settings
-    keep: Callable[[Due[Server] | Due[User]], None] | None = None  # told what is kept
+    on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None  # told of each that is kept
     complete: bool = False  # the whole list was read
+    error: HubError | None = None  # why the list is not complete
     listed: int = 0  # users
-    running: int = 0  # servers
-    servers: dict[tuple[str, str], Due[Server]] = dataclasses.field(default_factory=dict)
-    users: dict[str, Due[User]] = dataclasses.field(default_factory=dict)
-    soon: dict[tuple[str, str], Event] = dataclasses.field(default_factory=dict)  # kept, but due within --warn-before
+    running: int = 0  # ready servers
+    servers: dict[tuple[str, str], Decision[Server]] = dataclasses.field(default_factory=dict)  # due
+    users: dict[str, Decision[User]] = dataclasses.field(default_factory=dict)  # due
+    warnings: dict[tuple[str, str], Event] = dataclasses.field(default_factory=dict)  # due within --warn-before
     idle_for: dict[timedelta, int] = dataclasses.field(default_factory=dict)  # how many servers, at least that long
     doubts: int = 0
     first_doubt: str = ""
-    error: HubError | None = None  # why the list is not complete
-    # The Hub's, and time.monotonic() at that time.
-    clock: tuple[datetime, float] = (datetime(LAST_YEAR, 1, 1, tzinfo=UTC), 0)
+    hub_time: datetime | None = None  # the Hub's clock at the last page
+    hub_time_read: float = 0  # time.monotonic() when that page was requested
 
-    def add(self, page: Page) -> None:
+    @property
+    def due(self) -> int:
+        """How many servers and users are to be culled."""
+        return len(self.servers) + len(self.users)
+
+    def decide(self, page: Page) -> None:
         """Decide about all users and servers of a page."""
-        policies, warn_before = self.settings.policies, self.settings.warn_before
+        if page.problem:
+            self._count_doubt("the user list", page.problem)
+            return
+        self.hub_time, self.hub_time_read = page.now, page.requested
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
                 servers = user.servers if user else read_servers(model)
             except ValueError as error:
-                self._doubt("the user list", str(error))
+                self._count_doubt("the user list", str(error))
                 continue
             self.listed += 1
-            staying = 0
-            for server in servers:
-                policy = policies.of_server(server)
-                verdict = judge_server(server, policy, page.now)
-                self.running += server.ready
-                if self.idle_for and server.ready:
-                    self._measure(verdict)
-                if verdict.cull:
-                    self.servers.setdefault((server.user, server.name), Due(server, verdict))
-                    continue
-                staying += 1
-                if warn_before and (soon := due_soon(server, verdict, policy, page.now, warn_before)):
-                    self._warn(Due(server, verdict), *soon, page.now)
-                elif self.keep or verdict.doubt:
-                    self._keep(Due(server, verdict))
+            staying = [server for server in servers if not self._decide_server(server, page)]
             if user and not staying:
-                verdict = judge_user(user, policies.of_user(user), page.now)
-                if verdict.cull:
-                    self.users.setdefault(user.name, Due(user, verdict))
-                else:
-                    self._keep(Due(user, verdict))
+                self._decide_user(user, page)
 
-    def not_after(self, now: datetime) -> datetime:
-        """A second look's time, or what the Hub's clock must show by now if that is earlier.
+    def _decide_server(self, server: Server, page: Page) -> bool:
+        """Decide about a server; returns whether it is due."""
+        verdict = self.settings.judge_server(server, page.now)
+        self.running += server.ready
+        if self.idle_for and server.ready and verdict.idle is not None:
+            for step in self.idle_for:
+                self.idle_for[step] += verdict.idle >= step
+        key = (server.user, server.name)
+        if verdict.cull:
+            self.servers.setdefault(key, Decision(server.without_models(), verdict, page.offset))
+            return True
+        if verdict.doubt:
+            self._count_doubt(server.full_name, verdict.reason)
+        warning = self._warning(server, verdict, page.now) if self.settings.warn_before else None
+        if warning:
+            self.warnings.setdefault(key, warning)
+        elif self.on_kept:
+            self.on_kept(Decision(server.without_models(), verdict))
+        return False
 
-        An answer without a date, or with that of another clock, must not make an active server seem idle.
-        """
-        then, at = self.clock
-        return min(now, then + timedelta(seconds=time.monotonic() - at))
+    def _decide_user(self, user: User, page: Page) -> None:
+        """Decide about a user all of whose servers are due."""
+        verdict = self.settings.judge_user(user, page.now)
+        if verdict.cull:
+            self.users.setdefault(user.name, Decision(user.without_models(), verdict, page.offset))
+            return
+        if verdict.doubt:
+            self._count_doubt(user.full_name, verdict.reason)
+        if self.on_kept:
+            self.on_kept(Decision(user.without_models(), verdict))
 
-    def _measure(self, verdict: Verdict) -> None:
-        for step in self.idle_for:
-            self.idle_for[step] += verdict.idle is not None and verdict.idle >= step
+    def _warning(self, server: Server, verdict: Verdict, now: datetime) -> Event | None:
+        """The warning for a kept server, if it will be due within --warn-before."""
+        policy = self.settings.server_policies.find(server)
+        if self.settings.arbiter:  # nobody knows what it will say
+            policy = policy._replace(timeout=Limit(NEVER))
+        found = due_within(server, verdict, policy, now, self.settings.warn_before or ZERO)
+        if not found:
+            return None
+        due, later = found
+        reason = f"{later.reason}; due in {short(due - now)}"
+        return Event(server.without_models(), Outcome.WARNED, reason, later, due=due)
 
-    def _warn(self, kept: Due[Server], due: datetime, verdict: Verdict, now: datetime) -> None:
-        if kept.verdict.doubt:
-            self._doubt(kept.target.full_name, kept.verdict.reason)
-        reason = f"{verdict.reason}; due in {format_duration(due - now, units=2)}"
-        event = Event(kept.target, Outcome.WARNED, reason, verdict, due=due)
-        self.soon.setdefault((kept.target.user, kept.target.name), event)
-
-    def _keep(self, kept: Due[Server] | Due[User]) -> None:
-        if kept.verdict.doubt:
-            self._doubt(kept.target.full_name, kept.verdict.reason)
-        if self.keep:
-            self.keep(kept)
-
-    def _doubt(self, where: str, what: str) -> None:
+    def _count_doubt(self, where: str, what: str) -> None:
         self.doubts += 1
         self.first_doubt = self.first_doubt or f"{where}: {what}"
 
+    def check_fuse(self) -> None:
+        """Raise FuseBlownError if more is due than --max-culls allows."""
+        if fuse := self.settings.max_culls:
+            fuse.check("servers", len(self.servers), self.running)
+            fuse.check("users", len(self.users), self.listed)
 
-def scan_hub(hub: Hub, scan: Scan, stop: threading.Event) -> Scan:
-    """Read the whole user list. After an error, what was read may be stopped, but no user is deleted."""
-    settings = scan.settings
-    offset: int | None = 0
+    def plausible(self, now: datetime) -> datetime:
+        """The Hub's clock at a second look, but no later than the scan and the time since then allow.
+
+        An answer without a date, or with that of another clock, must not make an active server look idle.
+        """
+        if self.hub_time is None:
+            return now
+        return min(now, self.hub_time + timedelta(seconds=time.monotonic() - self.hub_time_read))
+
+
+def scan_and_decide(
+    hub: Hub,
+    settings: Settings,
+    stop: threading.Event,
+    on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None,
+) -> Findings:
+    """Read the whole user list and decide about all of it.
+
+    After an error, what was found so far may be stopped, but no user is deleted.
+    """
+    findings = Findings(settings, on_kept, idle_for=dict.fromkeys(settings.idle_steps, 0))
     try:
-        while offset is not None and not stop.is_set():
-            read_page = partial(hub.page, offset, size=settings.api_page_size, ready_only=not settings.cull_users)
-            asked = time.monotonic()
-            page = patiently(read_page, stop)
-            scan.clock = page.now, asked
-            scan.add(page)
-            offset = page.next_offset()
-        scan.complete = offset is None
+        for page in read_user_list(hub, settings, stop):
+            findings.decide(page)
+        findings.complete = not stop.is_set()
     except HubError as error:
-        scan.error = error
-        scan.users.clear()
-    return scan
+        findings.error = error
+        findings.users.clear()
+    return findings
 
 
-def patiently(task: Callable[[], T], stop: threading.Event) -> T:
-    """Do a task; while it raises TryAgain, and nobody says stop, do it again after growing pauses, a few times."""
-    for pause in PAUSES:
+def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
+    """Call a function for each item, in up to so many threads; yields the results as they come.
+
+    If the system refuses more threads, those that have started do all the work. An exception of the function is
+    raised here. Once the caller stops iterating, no other item is begun.
+    """
+    waiting = deque(items)
+    count = len(waiting)
+    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            try:
+                item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                done.put((function(item), None))
+            except BaseException as error:  # raised again by the caller's thread
+                done.put((None, error))
+
+    workers = []
+    for _ in range(min(threads, count)):
+        worker = threading.Thread(target=work, name="cull_idle", daemon=True)
         try:
-            return task()
-        except TryAgain as failure:
-            if stop.wait(min(max(pause, failure.pause), LONGEST_PAUSE)):
-                raise
-    return task()
+            worker.start()
+        except RuntimeError:  # can't start new thread
+            break
+        workers.append(worker)
+    if not workers:
+        work()
+    try:
+        for _ in range(count):
+            result, error = done.get()
+            if error:
+                raise error
+            yield result  # type: ignore[misc]
+    finally:
+        waiting.clear()
+        for worker in workers:
+            worker.join()
 
 
-class Fuse(NamedTuple):
-    """How much one pass may cull."""
+class OwnStops:
+    """Tells the activity of users from that of our own stops: the Hub takes a stop for an activity of the user.
 
-    most: float
-    percent: bool  # of the ready servers, and of the users
+    A user who may be deleted is looked at right after each stop. A last activity that is new then is the stop's;
+    whatever else any look has shown is the user's.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.most:g}{'%' * self.percent}"
+    def __init__(self) -> None:
+        self._before: dict[tuple[str, str], datetime | None] = {}  # by user and server
+        self._seen: dict[str, set[datetime | None]] = {}
+        self._caused: dict[str, set[datetime | None]] = {}
 
-    def check(self, scan: Scan) -> None:
-        """Raise FuseBlown if more is due."""
-        for what, due, whole in (
-            ("servers", len(scan.servers), scan.running),
-            ("users", len(scan.users), scan.listed),
-        ):
-            if due > (self.most * whole / 100 if self.percent else self.most):
-                raise FuseBlown(
-                    f"nothing is culled, because {due} of {whole} {what} are due and --max-culls is {self};"
-                    " look with --dry-run and, if they should go, raise it"
-                )
+    def see_before_stop(self, user: User, server_name: str) -> None:
+        """Remember the last activity right before the stop of a server."""
+        self._before[user.name, server_name] = user.last_activity
+        self._seen.setdefault(user.name, set()).add(user.last_activity)
+
+    def see_after_stop(self, user: User, server_name: str) -> None:
+        """Remember the last activity right after it."""
+        if user.last_activity != self._before.get((user.name, server_name)):
+            self._caused.setdefault(user.name, set()).add(user.last_activity)
+
+    def without(self, user: User) -> User:
+        """The user, last active when they themselves last did something."""
+        seen = {*self._seen.get(user.name, ()), user.last_activity} - self._caused.get(user.name, set())
+        return user._replace(last_activity=max((at for at in seen if at), default=user.last_activity))
 
 
-@dataclasses.dataclass(eq=False, repr=False)
 class Culling:
-    """The second half of a pass: each server and user that the scan found due is looked at once more, and culled."""
+    """Culls what the scan found. Each server and user is looked at again right before the DELETE.
 
-    hub: Hub
-    scan: Scan
-    stop: threading.Event
-    ended: bool = False
-    in_vain: int = 0  # how many of the last ones, without a break
-    # The Hub takes the stop of a server for an activity of its user. So, by name: the users as second looks found them,
-    # and from when to when their servers were stopped.
-    looks: dict[str, list[User]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    stops: dict[str, list[tuple[datetime, datetime]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    An event with the outcome PLANNED says that something is still due, and that nothing has been done about it.
+    """
+
+    def __init__(self, hub: Hub, identity: Identity | None, findings: Findings, stop: threading.Event) -> None:
+        self.hub = hub
+        self.identity = identity
+        self.findings = findings
+        self.settings = findings.settings
+        self.stop = stop
+        self.ended = False  # early
+        self.unanswered = 0  # requests in a row
+        self.own_stops = OwnStops()
 
     def events(self) -> Iterator[Event]:
-        """Cull, several at a time, and yield what became of each; when told to stop, the rest is left out."""
-        if not self.scan.servers and not self.scan.users:
-            return
-        from concurrent.futures import ThreadPoolExecutor
+        """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
+        outcomes: dict[str, set[Outcome]] = {}  # of the servers, by user
+        for event in self._in_parallel(self._cull_server, self.findings.servers.values()):
+            if isinstance(event.target, Server):
+                outcomes.setdefault(event.target.user, set()).add(event.outcome)
+            if event.outcome is not Outcome.PLANNED:
+                yield event
+        vacant = []
+        for name, decision in self.findings.users.items():
+            staying = outcomes.get(name, set()) - {Outcome.CULLED, Outcome.GONE}
+            if not staying:
+                vacant.append(decision)
+            elif Outcome.PLANNED not in staying:
+                yield Event(decision.target, Outcome.SPARED, "a server is still there", decision.verdict)
+        for event in self._in_parallel(self._cull_user, vacant):
+            if event.outcome is not Outcome.PLANNED:
+                yield event
 
-        staying: set[str] = set()
-        with ThreadPoolExecutor(self.scan.settings.concurrency) as workers:
-            try:
-                for event in self._side_by_side(
-                    workers, self._look_at_server, self._stop_server, self.scan.servers.values()
-                ):
-                    if isinstance(event.target, Server) and event.outcome not in (Outcome.CULLED, Outcome.GONE):
-                        staying.add(event.target.user)
-                    yield event
-                vacant = [due for due in self.scan.users.values() if due.target.name not in staying]
-                yield from self._side_by_side(workers, self._look_at_user, self._delete_user, vacant)
-            finally:
-                self.ended = True
-        for name in staying & self.scan.users.keys():
-            user, verdict = self.scan.users[name]
-            yield Event(user, Outcome.SPARED, "a server is still there", verdict)
-
-    def _side_by_side(
-        self,
-        workers: ThreadPoolExecutor,
-        look: Callable[[Due[Target]], Verdict | Event],
-        cull: Callable[[Target, Verdict], Event],
-        dues: Iterable[Due[Target]],
+    def _in_parallel(
+        self, cull: Callable[[Decision[Target]], Event], decisions: Iterable[Decision[Target]]
     ) -> Iterator[Event]:
-        from concurrent.futures import as_completed
+        """Cull each, with retries. Ends the pass early if the token is refused or the Hub does not answer."""
 
-        def look_and_cull(due: Due[Target]) -> Event | None:
-            seen = look(due)
-            if isinstance(seen, Event):
-                return seen
-            return None if self._over() else cull(due.target, seen)
-
-        def work(due: Due[Target]) -> Event | None:
-            if self._over():
-                return None
+        def attempt(decision: Decision[Target]) -> Event:
+            planned = Event(decision.target, Outcome.PLANNED, decision.verdict.reason, decision.verdict)
+            if self._is_over():
+                return planned
             try:
-                event = patiently(partial(look_and_cull, due), self.stop)
+                event = with_retries(partial(cull, decision), self.stop)
             except HubError as error:
-                return Event(
-                    due.target, Outcome.FAILED, due.verdict.reason, due.verdict, str(error), in_vain=error.of_all
-                )
-            if event and event.ends_pass:
+                event = planned._replace(outcome=Outcome.FAILED, error=error)
+            if event.error and event.error.refused:
                 self.ended = True
             return event
 
-        for future in as_completed([workers.submit(work, due) for due in dues]):
-            if event := future.result():
-                yield self._give_up(event)
+        for event in in_parallel(attempt, decisions, self.settings.concurrency):
+            if event.outcome is not Outcome.PLANNED:
+                self.unanswered = self.unanswered + 1 if event.error and event.error.affects_all else 0
+            if event.error and self.unanswered == max(UNANSWERED, 2 * self.settings.concurrency):
+                self.ended = True
+                ending = HubError(f"the pass ends after {self.unanswered} failures in a row; the last: {event.error}")
+                event = event._replace(error=ending)
+            yield event
 
-    def _give_up(self, event: Event) -> Event:
-        """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
-        self.in_vain = self.in_vain + 1 if event.in_vain else 0
-        if self.in_vain != max(IN_VAIN, 2 * self.scan.settings.concurrency):
-            return event
-        self.ended = True
-        return event._replace(error=f"the pass ends, because the last {self.in_vain} all failed so: {event.error}")
-
-    def _over(self) -> bool:
-        """Whether nothing new may be started."""
+    def _is_over(self) -> bool:
+        """True if nothing new may be started."""
         return self.ended or self.stop.is_set()
 
-    def _stop_server(self, server: Server, verdict: Verdict) -> Event:
-        remove = self.scan.settings.remove_named_servers
-        began = time.monotonic()
-        answer = self.hub.stop(server, remove=remove)
-        match answer.status:
-            case 204:
-                # The Hub dates its answer when the request comes, others when they send it, all in whole seconds.
-                now, around = self.scan.not_after(answer.now), timedelta(seconds=time.monotonic() - began + 2)
-                self.stops[server.user].append((now - around, now + around))
-                removed = "; removed" if server.name and remove else ""
-                return Event(server, Outcome.CULLED, verdict.reason + removed, verdict)
-            case 202:
-                waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
-                return Event(server, Outcome.STOPPING, f"{verdict.reason}; not down after {waited}", verdict)
-            case 404 | 400:
-                return Event(server, Outcome.GONE, f"the Hub {answer}", verdict)
-        return self._refused(server, verdict, answer, "delete:servers")
+    def _cull_server(self, decision: Decision[Server]) -> Event:
+        """Look at a server again, and stop it if it is still due."""
+        event = self._look_at_server(decision)
+        if event.outcome is Outcome.PLANNED and not self._is_over():
+            return self._stop_server(decision, event)
+        return event
 
-    def _look_at_server(self, due: Due[Server]) -> Verdict | Event:
-        """Decide again on the fresh model; without one, it is for the DELETE to tell."""
-        server, verdict = due
-        self.hub.check_way_for(server.user, server.name)
-        user, now = self.hub.user(server.user)
+    def _look_at_server(self, decision: Decision[Server]) -> Event:
+        """Decide about a server again, from what the Hub says of it now."""
+        server, verdict, _ = decision
+        event = Event(server, Outcome.SPARED, "", verdict)
+        self.hub.check_path_safe(server.user, server.name)
+        user, now = self._look(server.user, decision)
         if user is None:
-            return verdict
-        self.looks[user.name].append(user)
-        fresh = user.server(server.name) or next((each for each in user.servers if each.doubt), None)
+            return event._replace(outcome=Outcome.GONE, reason="the user is gone")
+        self.own_stops.see_before_stop(user, server.name)
+        fresh = user.server(server.name)
         if fresh is None:
-            return Event(server, Outcome.GONE, "not running any more", verdict)
+            return event._replace(outcome=Outcome.GONE, reason="not running any more")
         if fresh.doubt:
-            return Event(server, Outcome.SPARED, fresh.doubt, verdict)
+            return event._replace(reason=fresh.doubt)
         if fresh.pending == "stop":
-            return Event(server, Outcome.STOPPING, "the Hub is stopping it already", verdict)
+            return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
-            return Event(server, Outcome.SPARED, "it was started anew", verdict)
-        verdict = judge_server(fresh, self.scan.settings.policies.of_server(fresh), self.scan.not_after(now))
-        return verdict if verdict.cull else Event(server, Outcome.SPARED, change_of_mind(verdict), verdict)
+            return event._replace(reason="it was started anew")
+        verdict = self.settings.judge_server(fresh, self.findings.plausible(now))
+        if not verdict.cull:
+            return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
+        return Event(server, Outcome.PLANNED, verdict.reason, verdict)
 
-    def _delete_user(self, user: User, verdict: Verdict) -> Event:
-        answer = self.hub.delete_user(user.name)
-        match answer.status:
-            case 204:
-                return Event(user, Outcome.CULLED, verdict.reason, verdict)
-            case 202:
-                return Event(user, Outcome.STOPPING, f"{verdict.reason}; a server is not down yet", verdict)
-            case 404:
-                return Event(user, Outcome.GONE, f"the Hub {answer}", verdict)
-            case 400:  # it has a server that is stopping, or is the token's owner
-                return Event(user, Outcome.SPARED, f"the Hub {answer}", verdict)
-        return self._refused(user, verdict, answer, "admin:users")
+    def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
+        server = decision.target
+        began = time.monotonic()
+        answer = self.hub.stop(server, remove=self.settings.remove_named_servers)
+        if answer.status == 204:
+            self._see_own_stop(decision)
+            removed = "; removed" if server.name and self.settings.remove_named_servers else ""
+            return event._replace(outcome=Outcome.CULLED, reason=event.reason + removed)
+        if answer.status == 202:
+            waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
+            return event._replace(outcome=Outcome.STOPPING, reason=f"{event.reason}; not down after {waited}")
+        if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or pending
+            return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
+        if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
+            user, _ = self._look(server.user, decision)
+            if user is None or (answer.status == 404 and not user.server(server.name)):
+                return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
+        return self._failed(event, answer, "delete:servers")
 
-    def _look_at_user(self, due: Due[User]) -> Verdict | Event:
-        """Decide again, now that its servers are stopped; that is not to count as activity, all else is."""
-        user, verdict = due
-        self.hub.check_way_for(user.name)
-        fresh, now = self.hub.user(user.name)
+    def _see_own_stop(self, decision: Decision[Server]) -> None:
+        """Look at a user who may be deleted, right after a stop. Without that, the stop counts as an activity."""
+        if decision.target.user in self.findings.users:
+            with contextlib.suppress(HubError):
+                user, _ = self._look(decision.target.user, decision)
+                if user:
+                    self.own_stops.see_after_stop(user, decision.target.name)
+
+    def _cull_user(self, decision: Decision[User]) -> Event:
+        """Look at a user again, now that all servers are stopped, and delete the user if that is still due."""
+        event = self._look_at_user(decision)
+        if event.outcome is Outcome.PLANNED and not self._is_over():
+            return self._delete_user(decision, event)
+        return event
+
+    def _look_at_user(self, decision: Decision[User]) -> Event:
+        """Decide about a user again, without the activity of our own stops."""
+        user, verdict, _ = decision
+        event = Event(user, Outcome.SPARED, "", verdict)
+        self.hub.check_path_safe(user.name)
+        fresh, now = self._look(user.name, decision)
         if fresh is None:
-            return verdict
+            return event._replace(outcome=Outcome.GONE, reason="the user is gone")
         if fresh.servers:
-            return Event(user, Outcome.SPARED, "a server is there again", verdict)
+            return event._replace(reason="a server is there again")
         if fresh.created != user.created:
-            return Event(user, Outcome.SPARED, "it was created anew", verdict)
-        verdict = judge_user(
-            self._without_stops(fresh), self.scan.settings.policies.of_user(fresh), self.scan.not_after(now)
-        )
-        return verdict if verdict.cull else Event(user, Outcome.SPARED, change_of_mind(verdict), verdict)
+            return event._replace(reason="it was created anew")
+        verdict = self.settings.judge_user(self.own_stops.without(fresh), self.findings.plausible(now))
+        if not verdict.cull:
+            return Event(user, Outcome.SPARED, why_spared(verdict), verdict)
+        return Event(user, Outcome.PLANNED, verdict.reason, verdict)
 
-    def _without_stops(self, user: User) -> User:
-        """The user, last active as of all looks, but for activity that was the stop of a server."""
-        looks = [*self.looks[user.name], user]
-        activities = [look.last_activity for look in looks if look.last_activity]
-        own = [at for at in activities if not any(begin <= at <= end for begin, end in self.stops[user.name])]
-        doubt = next((look.doubt for look in looks if look.doubt), "")
-        return user._replace(last_activity=max(own, default=user.last_activity), doubt=doubt)
+    def _delete_user(self, decision: Decision[User], event: Event) -> Event:
+        answer = self.hub.delete_user(decision.target.name)
+        if answer.status == 204:
+            return event._replace(outcome=Outcome.CULLED)
+        if answer.status == 202:
+            return event._replace(outcome=Outcome.STOPPING, reason=f"{event.reason}; a server is not down yet")
+        if answer.status == 400 and answer.error:  # a server is stopping, or the user owns the token
+            return event._replace(outcome=Outcome.SPARED, reason=f"the Hub {answer}")
+        if answer.status == 500 or (answer.status == 404 and answer.error):
+            user, _ = self._look(decision.target.name, decision)
+            if user is None:
+                return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
+        return self._failed(event, answer, "delete:users", "admin:users")
 
-    def _refused(self, target: Server | User, verdict: Verdict, answer: Answer, scope: str) -> Event:
-        """The event for a DELETE that did not work."""
-        error = f"the Hub {answer}"
-        if answer.status in (401, 403):
-            role = role_for(self.scan.settings, None)
-            error += f"; the token needs the scope {scope}, or before JupyterHub 2.0 to be an admin's: {role}"
-            return Event(target, Outcome.FAILED, verdict.reason, verdict, error, ends_pass=True)
-        owner = target.user if isinstance(target, Server) else target.name
-        if answer.status == 500 and not self.hub.knows(owner):  # what JupyterHub 2 to 4 say for a user that is no more
-            return Event(target, Outcome.GONE, error, verdict)
-        return Event(target, Outcome.FAILED, verdict.reason, verdict, error)
+    def _look(self, name: str, decision: Decision[Server] | Decision[User]) -> Look:
+        """Look at a user; where that is not possible, find the user in the user list.
+
+        Users who have left the list since the scan can only have moved this one to an earlier page.
+        """
+        look = self.hub.look(name)
+        if look:
+            return look
+        size = self.settings.api_page_size or 50
+        for offset in [*range(decision.offset, 0, -size), 0]:
+            page = self.hub.page(offset, size=size, ready_only=not self.settings.cull_users)
+            for model in page.models:
+                if is_user(model) and model["name"] == name:
+                    return Look(read_user(model), page.now)
+        return Look(None, page.now)
+
+    def _failed(self, event: Event, answer: Answer, *scopes: str) -> Event:
+        """The event for a DELETE that did not work, and that one of these scopes would allow."""
+        sentence = f"the Hub {answer}"
+        kind = f"the Hub answered {answer.status}"
+        refused = answer.status in (401, 403)
+        if refused:
+            help = extra_role(self.identity, [scopes[-1]]) if self.identity else "its owner must be an admin"
+            sentence += f"; the token needs the scope {scopes[-1]}: {help}"
+        elif answer.status == 404 and answer.error:
+            filtered = self.identity.filtered(*scopes) if self.identity else []
+            scope = " and ".join(filtered) or f"a filtered scope, such as {scopes[0]}!group=…,"
+            kind = f"{scope} does not cover it"
+            sentence += f": it is still there, so the token's {kind}"
+        return event._replace(outcome=Outcome.FAILED, error=HubError(sentence, kind, refused=refused))
 
 
-def change_of_mind(verdict: Verdict) -> str:
+def why_spared(verdict: Verdict) -> str:
     """Why the second look spares what the scan found due."""
     if verdict.because == "idle" and verdict.idle is not None:
-        return f"active again {format_duration(verdict.idle, units=2)} ago"
+        return f"active again {short(verdict.idle)} ago"
     return verdict.reason
+
+
+# ---- What a pass came to
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -1410,14 +2119,14 @@ class PassResult:
 
     dry_run: bool
     started: datetime = dataclasses.field(default_factory=lambda: datetime.now(UTC))
-    version: str | None = None  # of the Hub, as far as it says so
+    version: str | None = None  # of the Hub, if it has said so
     listed: bool = False  # the whole user list was read
     running: int = 0
-    idle: int = 0  # servers idle for at least --timeout, if anybody wants to know
+    idle: int = 0  # servers idle for at least --timeout, if that is counted
     due: int = 0
-    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due
-    deleted: int = 0  # users; they are not among the outcomes
-    warned: int = 0  # nor are these
+    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, but for deleted users
+    deleted: int = 0  # users
+    warned: int = 0
     seconds: float = 0
     refused: bool = False  # the token may not do what was due
     errors: list[CullError] = dataclasses.field(default_factory=list)  # of the whole pass
@@ -1427,19 +2136,19 @@ class PassResult:
         """How many were due and not tried, because the pass ended early."""
         return 0 if self.dry_run else self.due - self.deleted - self.outcomes.total()
 
-    def take(self, scan: Scan) -> None:
-        """Take in what the user list says."""
-        self.listed = scan.complete
-        self.running = scan.running
-        self.idle = scan.idle_for.get(scan.settings.timeout, 0)
-        self.due = len(scan.servers) + len(scan.users)
-        self.warned = len(scan.soon) if self.dry_run else 0
-        if scan.error:
-            self.errors.append(scan.error)
+    def add_findings(self, findings: Findings) -> None:
+        """Take over what the scan found."""
+        self.listed = findings.complete
+        self.running = findings.running
+        self.idle = findings.idle_for.get(findings.settings.timeout, 0)
+        self.due = findings.due
+        self.warned = len(findings.warnings) if self.dry_run else 0
+        if findings.error:
+            self.errors.append(findings.error)
 
     def count(self, event: Event) -> None:
-        """Take in what became of something."""
-        self.refused = self.refused or event.ends_pass
+        """Count an event."""
+        self.refused = self.refused or bool(event.error and event.error.refused)
         if event.outcome is Outcome.WARNED:
             self.warned += 1
         elif event.outcome is Outcome.CULLED and isinstance(event.target, User):
@@ -1450,7 +2159,7 @@ class PassResult:
     @property
     def counts(self) -> dict[str, int]:
         """What became of how many, in the words of the log."""
-        outcomes = {str(outcome): self.outcomes[outcome] for outcome in OF_DUE}
+        outcomes = {str(outcome): self.outcomes[outcome] for outcome in OUTCOMES_OF_DUE}
         return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned}
 
     @property
@@ -1468,346 +2177,119 @@ class PassResult:
         return f"{', '.join(counts)} in {self.seconds:.1f}s"
 
 
-class Culler:
-    """Makes passes, as the settings say, until told to stop."""
+# ---- Log and progress
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
-        self.settings = settings
-        self.stop = stop
-        self.report = Report(settings, stop)
-        self._scopes_checked = False
-        self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
-
-    def run(self) -> Exit:
-        """Make one pass, or passes until told to stop. The first token must be readable, a later one is waited for."""
-        token = read_token(self.settings.token_file)
-        if self.settings.explain is not None:
-            with self._hub(token) as hub:
-                self._check_scopes(hub)
-                show_reasons(explain(hub, self.settings, self.settings.explain))
-            return Exit.DONE
-        if self.settings.once or self.settings.dry_run:
-            result = self.make_pass()
-            self.report.result(result)
-            if self.stop.is_set():
-                self.report.say("error", "told to stop before the pass was over")
-                return max(result.exit_code, Exit.UNDONE)
-            return result.exit_code
-        failures = 0
-        while not self.stop.is_set():
-            began = time.monotonic()
-            result = self.make_pass()
-            failures = failures + 1 if result.exit_code else 0
-            interval = self.settings.interval.total_seconds()
-            pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
-            self.report.result(result, None if self.stop.is_set() else pause)
-            self.stop.wait(pause)
-        self.report.say("info", "told to stop")
-        return Exit.DONE
-
-    def make_pass(self) -> PassResult:
-        """Scan the Hub once and cull what is due, or show it."""
-        began = time.monotonic()
-        settings, report = self.settings, self.report
-        result = PassResult(settings.dry_run)
-        try:
-            token = read_token(settings.token_file)
-            with self._hub(token) as hub:
-                self._check_scopes(hub)
-                scan = Scan(settings, report.keep, idle_for=dict.fromkeys(settings.idle_steps, 0))
-                scan_hub(hub, scan, self.stop)
-                result.take(scan)
-                result.version = hub.version
-                if scan.doubts:
-                    report.say("warning", f"kept {scan.doubts} in doubt; the first: {scan.first_doubt}")
-                if settings.dry_run:
-                    report.plan(scan)
-                else:
-                    with report.culling(result.due, token):
-                        for event in self._events(hub, scan):
-                            result.count(event)
-                            report.event(event)
-        except CullError as error:
-            result.errors.append(error)
-        result.seconds = time.monotonic() - began
-        self._scopes_checked = self._scopes_checked or not result.errors
-        return result
-
-    def _hub(self, token: str) -> Hub:
-        return Hub(self.settings.url, token, self.settings.request_timeout, self.settings.tls)
-
-    def _events(self, hub: Hub, scan: Scan) -> Iterator[Event]:
-        """Warn of what is due soon, once until something happens to it, and cull what is due. Raises FuseBlown."""
-        if not scan.error:  # what is not listed this time may be so the next time
-            self._warned = {name: due for name, due in self._warned.items() if due > scan.clock[0]}
-        for name, event in scan.soon.items():
-            if event.due and self._warned.get(name) != event.due:
-                self._warned[name] = event.due
-                yield event
-            else:
-                self.report.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
-        if self.settings.max_culls:
-            self.settings.max_culls.check(scan)
-        yield from Culling(hub, scan, self.stop).events()
-
-    def _check_scopes(self, hub: Hub) -> None:
-        """Complain of missing scopes before anything is done, unless a pass has worked or the Hub cannot tell."""
-        if self._scopes_checked:
-            return
-        try:
-            identity = patiently(hub.identity, self.stop)
-        except TryAgain:
-            raise
-        except HubError:  # GET /users will say it better
-            return
-        if identity:
-            check_scopes(identity, self.settings)
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # of sd-daemon(3)
+BAR_FROM = 10  # a pass that culls more than this shows a progress bar
+FAILURE_KINDS = 10  # so many kinds of failures are told apart
+ERASE_LINE = "\r\033[K"
 
 
-def read_token(path: str | None) -> str:
-    """The API token, from the file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
-    source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
-    try:
-        token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
-        if path:
-            with open(path) as file:
-                token = file.read()
-    except OSError as error:
-        raise UsageError(
-            f"{source} cannot be read: {error.strerror}; it must be a file that this user may read."
-        ) from None
-    except ValueError:
-        token = "not even text"
-    token = token.strip()
-    if not token:
-        where = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
-        raise UsageError(f"{source} {where}: put an API token of the Hub there (README: a first real run).")
-    if not re.fullmatch("[!-~]+", token):
-        raise UsageError(f"{source} does not hold an API token: a token is one word of plain ASCII characters.")
-    return token
+class Log:
+    """Log lines on stderr, with a progress bar below them if stderr is a terminal."""
 
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second signal ends the program at once."""
-    import signal
-
-    stop = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def tell(*_: object) -> None:
-        stop.set()
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in signals:
-        signal.signal(number, tell)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ---- What it shows
-
-JOURNAL = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # the priorities that sd-daemon(3) has
-HANDFUL = 10  # more servers to cull get a progress bar, more kinds of failures are not told apart
-ERASE = "\r\033[K"  # the line on which a bar is
-NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
-
-
-class Report:
-    """Says what is done: a log on stderr, results on stdout, figures in a file, notices to a command."""
-
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
-        self._log = open_log(settings.level)
-        self._settings = settings
-        self._stop = stop
-        self._unread: OSError | None = None  # why nobody gets the JSON any more
-        self._kept: list[Due[Server] | Due[User]] = []
-        self._failures: Counter[str] = Counter()  # of one pass, by what they have in common
-        self._notices: Notices | None = None
+    def __init__(self, settings: Settings) -> None:
+        self._logger = open_log(settings.level)
+        self._show_bar = settings.level in ("debug", "info") and not settings.json
         self._bar: Any = None  # click's, while it is on the screen
-
-    @property
-    def keep(self) -> Callable[[Due[Server] | Due[User]], None] | None:
-        """Say what is kept, if that is wanted: at once, or as part of the plan."""
-        if self._settings.level != "debug":
-            return None
-        if self._settings.dry_run:
-            return self._kept.append
-        return lambda kept: self.say("debug", f"kept {kept.target.full_name}: {kept.verdict.reason}")
+        self._failures: Counter[str] = Counter()  # of one pass, by kind
 
     def say(self, level: str, sentence: str) -> None:
         """Log a sentence."""
         if self._bar:
-            click.echo(ERASE, nl=False, err=True)
-        getattr(self._log, level)("%s", sentence)
+            click.echo(ERASE_LINE, nl=False, err=True)
+        getattr(self._logger, level)("%s", sentence)
         self._draw_bar()
 
+    def kept(self, decision: Decision[Server] | Decision[User]) -> None:
+        """Log a server or user that is kept."""
+        self.say("debug", f"kept {decision.target.full_name}: {decision.verdict.reason}")
+
     def event(self, event: Event) -> None:
-        """Say what became of something due. Failures of one kind are said once, and counted, unless all is wanted."""
-        facts = self._facts(event)
+        """Log what became of a server or user."""
         if self._bar and event.outcome is not Outcome.WARNED:
             self._bar.make_step(1)
-        if event.outcome is not Outcome.FAILED:
-            self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
+        if event.error:
+            self.failure(str(event), event.error.kind)
         else:
-            self._fail(str(event), event.error)
-        self._tell(facts)
-        if self._notices and event.outcome in NOTIFIED:
-            self._notices.send(facts)
+            self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
 
-    @contextlib.contextmanager
-    def culling(self, due: int, token: str) -> Iterator[None]:
-        """While events come: send notices, wait for them at the end, and show how far it is if somebody looks."""
-        with contextlib.ExitStack() as stack:
-            if self._settings.notify:
-                self._notices = Notices(self._settings.notify, token, self._stop)
-                stack.callback(self._end_notices)
-            if due > HANDFUL and self._settings.level in ("debug", "info") and not self._settings.json:
-                stack.callback(self._end_bar)
-                self._begin_bar(due)
-            yield
-
-    def result(self, result: PassResult, pause: float | None = None) -> None:
-        """Say what a pass came to, and in how many seconds the next one starts. Raises OSError if nobody reads JSON."""
-        for kind, count in self._failures.items():
-            if not kind:
-                self.say("error", f"{count} more failed in other ways; -v says each")
-            elif count > 1:
-                self.say("error", f"{count - 1} more failed in the same way: {kind}")
-        self._failures.clear()
-        following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
-        for error in result.errors:
-            self.say("error", f"{error}{following}")
-        if not self._settings.dry_run and (result.running or not result.errors):
-            self.say("info", f"pass: {result}{following}")
-        self._tell(pass_facts(result, self._settings.url))
-        if self._settings.metrics_file and not self._settings.dry_run:
-            try:
-                write_metrics(self._settings.metrics_file, result)
-            except (OSError, ValueError) as error:
-                why = error.strerror if isinstance(error, OSError) else error
-                self.say("error", f"--metrics-file {self._settings.metrics_file} is not written: {why}")
-        if self._unread:
-            raise self._unread
-
-    def plan(self, scan: Scan) -> None:
-        """Show what a pass would do, the longest idle first, and what other timeouts would."""
-        due: list[Due[Server] | Due[User]] = [*scan.servers.values(), *scan.users.values()]
-        planned = [Event(target, Outcome.PLANNED, verdict.reason, verdict) for target, verdict in due]
-        if self._settings.json:
-            for event in (*planned, *scan.soon.values()):
-                self._tell(self._facts(event))
-            return
-        rows = [
-            (event.target, event.verdict, self._would_be(event), event.reason)
-            for event in (*planned, *scan.soon.values())
-        ]
-        rows += [(kept.target, kept.verdict, "kept", kept.verdict.reason) for kept in self._kept]
-        rows.sort(key=lambda row: row[1].idle or ZERO, reverse=True)
-        width = terminal_width(sys.stdout)
-        lines = [*table(rows, width)] if rows else []
-        users = f", {len(scan.users)} user{'s' * (len(scan.users) != 1)} deleted" if self._settings.cull_users else ""
-        lines += wrap(f"{len(scan.servers)} of {scan.running} running servers would be stopped{users}.", width)
-        if self._settings.max_culls:
-            try:
-                self._settings.max_culls.check(scan)
-            except FuseBlown as error:
-                lines += wrap(f"But {error}.", width)
-        if scan.running:
-            lines += ["", *bars(scan.idle_for, self._settings.timeout, width)]
-        click.echo("\n".join(lines), color=wants_color())
-
-    def _begin_bar(self, due: int) -> None:
-        """Show a bar if stderr is a terminal. Only what click says of it is used: drawing, it would hide the cursor."""
-        if (width := terminal_width(sys.stderr)) and os.environ.get("TERM") != "dumb":
-            beside = len(f"  []  {due}/{due}  9d 00:00:00 ")
-            self._bar = click.progressbar(length=due, show_pos=True, width=min(36, width - beside), file=sys.stderr)
-            self._draw_bar()
-
-    def _draw_bar(self) -> None:
-        if self._bar:
-            click.echo(f"{ERASE}{self._bar.format_progress_line()}", nl=False, err=True)
-
-    def _end_bar(self) -> None:
-        if self._bar:
-            click.echo(ERASE, nl=False, err=True)
-            self._bar = None
-
-    def _would_be(self, event: Event) -> str:
-        if event.outcome is Outcome.WARNED:
-            return "warned"
-        return {"stop": "stopped", "remove": "removed", "delete": "deleted"}[self._action(event.target)]
-
-    def _action(self, target: Server | User) -> str:
-        if isinstance(target, User):
-            return "delete"
-        return "remove" if target.name and self._settings.remove_named_servers else "stop"
-
-    def _facts(self, event: Event) -> dict[str, object]:
-        """An event for programs, as the README documents it."""
-        target, verdict = event.target, event.verdict
-        return {
-            "event": "user" if isinstance(target, User) else "server",
-            "user": target.name if isinstance(target, User) else target.user,
-            "server": None if isinstance(target, User) else target.name,
-            "action": self._action(target),
-            "outcome": event.outcome,
-            "reason": event.reason,
-            "idle_seconds": None if verdict.idle is None else int(verdict.idle.total_seconds()),
-            "age_seconds": None if verdict.age is None else int(verdict.age.total_seconds()),
-            "due": format_time(event.due) if event.due else None,
-            "error": event.error or None,
-        }
-
-    def _tell(self, facts: Mapping[str, object]) -> None:
-        """Print JSON at once, if wanted. When nobody can read it, nothing new is begun, all else is told as ever."""
-        import json
-
-        if self._settings.json and not self._unread:
-            try:
-                click.echo(json.dumps(facts))
-            except OSError as error:
-                self._unread = error
-                self._stop.set()
-
-    def _fail(self, sentence: str, error: str) -> None:
-        """Say what failed, the first of each kind. What the Hub says of it, in brackets, may be of just this one."""
-        kind = re.sub(r"/users/[^\s:]+", "/users/…", error.partition(" (")[0])
-        if kind not in self._failures and len(self._failures) >= HANDFUL:
+    def failure(self, sentence: str, kind: str) -> None:
+        """Log the first failure of each kind as an error, the others, which are only counted, with -v."""
+        if kind not in self._failures and len(self._failures) >= FAILURE_KINDS:
             kind = ""
         self._failures[kind] += 1
         self.say("error" if kind and self._failures[kind] == 1 else "debug", sentence)
 
-    def _end_notices(self) -> None:
-        notices, self._notices = self._notices, None
-        for sentence, kind in notices.wait() if notices else ():
-            self._fail(sentence, kind)
+    def count_failures(self) -> None:
+        """Log how many failures of each kind a pass had, beyond the first."""
+        for kind, count in self._failures.items():
+            if not kind:
+                self.say("error", f"{count} more failed in other ways; -v shows each")
+            elif count > 1:
+                self.say("error", f"{count - 1} more failed in the same way: {kind}")
+        self._failures.clear()
+
+    def result(self, result: PassResult, pause: float | None) -> None:
+        """Log what a pass came to, and in how many seconds the next one starts."""
+        self.count_failures()
+        following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
+        for error in result.errors:
+            self.say("error", f"{error}{following}")
+        if not result.dry_run and (result.running or not result.errors):
+            self.say("info", f"pass: {result}{following}")
+
+    @contextlib.contextmanager
+    def progress(self, due: int) -> Iterator[None]:
+        """Show a bar while events come, if a terminal shows it and there are many.
+
+        Only the text of click's bar is used: drawn by click, it would hide the cursor, and log lines would break it.
+        """
+        width = terminal_width(sys.stderr)
+        if self._show_bar and due > BAR_FROM and width and os.environ.get("TERM") != "dumb":
+            beside = len(f"  []  {due}/{due}  9d 00:00:00 ")
+            self._bar = click.progressbar(length=due, show_pos=True, width=min(36, width - beside), file=sys.stderr)
+            self._draw_bar()
+        try:
+            yield
+        finally:
+            if self._bar:
+                click.echo(ERASE_LINE, nl=False, err=True)
+                self._bar = None
+
+    def _draw_bar(self) -> None:
+        if self._bar:
+            click.echo(f"{ERASE_LINE}{self._bar.format_progress_line()}", nl=False, err=True)
 
 
 def open_log(level: str) -> logging.Logger:
-    """Log to stderr, in lines that begin with the time and the level, or with a priority if they go to the journal."""
+    """A logger to stderr. Lines begin with time and level; under systemd with a priority, under a Hub with a name."""
     import logging
 
     layout = "%(asctime)s %(levelname)-8s %(message)s"
     handler = logging.StreamHandler()
     if goes_to_journal():
         layout = "<%(priority)d>%(message)s"
-        handler.addFilter(lambda record: vars(record).update(priority=JOURNAL[record.levelname]) is None)
+        handler.addFilter(add_priority)
+    elif os.environ.get("JUPYTERHUB_SERVICE_NAME"):
+        layout = "%(asctime)s %(levelname)-8s cull_idle: %(message)s"
     handler.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
-    log = logging.getLogger("cull_idle")
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(level.upper())
-    return log
+    logging.raiseExceptions = False  # a full disk under stderr is no reason for a traceback
+    logger = logging.getLogger("cull_idle")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())
+    return logger
+
+
+def add_priority(record: logging.LogRecord) -> bool:
+    """Give a log record the priority that the journal understands."""
+    record.priority = PRIORITIES[record.levelname]
+    return True
 
 
 def goes_to_journal() -> bool:
-    """Whether stderr is the journal's: systemd says which file that would be."""
+    """True if stderr is the journal's, which systemd says in $JOURNAL_STREAM."""
     try:
         stderr = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -1815,18 +2297,47 @@ def goes_to_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
 
-def format_time(moment: datetime) -> str:
-    """A moment as programs read it: `2026-11-22T20:14:03Z`."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+def terminal_width(stream: TextIO) -> int | None:
+    """The columns of the terminal that a stream leads to, at least NARROWEST; None if it leads to none."""
+    if not stream.isatty():
+        return None
+    return max(os.get_terminal_size(stream.fileno()).columns or 80, NARROWEST)
 
 
-def pass_facts(result: PassResult, url: str) -> dict[str, object]:
-    """A pass for programs, as the README documents it."""
+# ---- JSON for programs
+
+
+def action(target: Server | User, settings: Settings) -> str:
+    """What culling does to a server or user."""
+    if isinstance(target, User):
+        return "delete"
+    return "remove" if target.name and settings.remove_named_servers else "stop"
+
+
+def event_fields(event: Event, settings: Settings) -> dict[str, object]:
+    """The JSON fields of an event. The README documents them."""
+    target, verdict = event.target, event.verdict
+    return {
+        "event": "user" if isinstance(target, User) else "server",
+        "user": target.name if isinstance(target, User) else target.user,
+        "server": None if isinstance(target, User) else target.name,
+        "action": action(target, settings),
+        "outcome": event.outcome,
+        "reason": event.reason,
+        "idle_seconds": None if verdict.idle is None else int(verdict.idle.total_seconds()),
+        "age_seconds": None if verdict.age is None else int(verdict.age.total_seconds()),
+        "due": format_time(event.due) if event.due else None,
+        "error": str(event.error) if event.error else None,
+    }
+
+
+def pass_fields(result: PassResult, url: str) -> dict[str, object]:
+    """The JSON fields of a pass. The README documents them."""
     return {
         "event": "pass",
         "started": format_time(result.started),
         "hub": url,
-        "version": result.version,
+        "version": printable(result.version, 40) if result.version else None,
         "running": result.running,
         "idle": result.idle,
         "planned": result.due,
@@ -1837,11 +2348,45 @@ def pass_facts(result: PassResult, url: str) -> dict[str, object]:
     }
 
 
-# ---- A plan, as a table and as bars
+class JsonLines:
+    """Prints JSON on stdout, a line at once for each event and pass, if --json is set.
 
-IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")
-NARROWEST = 40  # columns that are laid out for
-READABLE = 24  # columns that a reason needs to stand beside the rest
+    When nobody can read it any more, it tells the culler to stop. The log goes on.
+    """
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        self._settings = settings
+        self._stop = stop
+        self.broken: OSError | None = None  # why nobody can read it any more
+
+    def event(self, event: Event) -> None:
+        """Print an event."""
+        if self._settings.json:
+            self._print(event_fields(event, self._settings))
+
+    def result(self, result: PassResult) -> None:
+        """Print a pass. Raises OSError if nobody can read it."""
+        if self._settings.json:
+            self._print(pass_fields(result, self._settings.url))
+        if self.broken:
+            raise self.broken
+
+    def _print(self, fields: Mapping[str, object]) -> None:
+        import json
+
+        if self.broken:
+            return
+        try:
+            click.echo(json.dumps(fields))
+        except OSError as error:
+            self.broken = error
+            self._stop.set()
+
+
+# ---- The plan of a dry run: a table and bars
+
+NARROWEST = 40  # columns of the smallest terminal that is laid out for
+REASON_WIDTH = 24  # columns that a reason needs to stand beside the rest
 AT_TIMEOUT = "  <- --timeout"
 COLOURS: Mapping[str, Mapping[str, Any]] = {
     "kept": {"dim": True},
@@ -1850,24 +2395,75 @@ COLOURS: Mapping[str, Mapping[str, Any]] = {
     "removed": {"fg": "red"},
     "deleted": {"fg": "red", "bold": True},
 }
+WOULD_BE = {"stop": "stopped", "remove": "removed", "delete": "deleted"}
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    target: Server | User
+    verdict: Verdict
+    would_be: str  # a key of COLOURS
+    reason: str
+
+
+def planned_events(findings: Findings) -> Iterator[Event]:
+    """What is due, and what will be soon."""
+    for decision in findings.servers.values():
+        yield Event(decision.target, Outcome.PLANNED, decision.verdict.reason, decision.verdict)
+    for user in findings.users.values():
+        yield Event(user.target, Outcome.PLANNED, user.verdict.reason, user.verdict)
+    yield from findings.warnings.values()
+
+
+def show_plan(
+    findings: Findings, kept: Sequence[Decision[Server] | Decision[User]], missing: Sequence[str], settings: Settings
+) -> None:
+    """Print what a pass would do, the longest idle first, and how many servers other timeouts would stop.
+
+    kept: what is shown besides. missing: scopes that the token lacks for a real pass.
+    """
+    rows = []
+    for event in planned_events(findings):
+        would_be = "warned" if event.outcome is Outcome.WARNED else WOULD_BE[action(event.target, settings)]
+        rows.append(Row(event.target, event.verdict, would_be, event.reason))
+    rows += [Row(decision.target, decision.verdict, "kept", decision.verdict.reason) for decision in kept]
+    rows.sort(key=lambda row: row.verdict.idle or ZERO, reverse=True)
+    width = terminal_width(sys.stdout)
+    lines = [*table(rows, width)] if rows else []
+    users = f", {count_of(len(findings.users), 'user')} deleted" if settings.cull_users else ""
+    lines += wrap(f"{len(findings.servers)} of {findings.running} running servers would be stopped{users}.", width)
+    try:
+        findings.check_fuse()
+    except FuseBlownError as error:
+        lines += wrap(f"But {error}.", width)
+    if missing and findings.due:
+        lines += wrap(f"But the token lacks {' and '.join(missing)}: a real pass would stop nothing.", width)
+    if findings.running:
+        lines += ["", *bars(findings.idle_for, settings.timeout, width)]
+    click.echo("\n".join(lines), color=wants_color())
+
+
+def count_of(count: int, noun: str) -> str:
+    """`1 user`, `2 users`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def wants_color() -> bool | None:
-    """Whether to use colours, None to do so on a terminal only (no-color.org, force-color.org)."""
-    return False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
+    """Whether to use colours; None to use them on a terminal only (no-color.org, force-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return False if os.environ.get("TERM") == "dumb" else None
 
 
-def terminal_width(stream: TextIO) -> int | None:
-    """The columns of the terminal that a stream leads to; None if it leads to none."""
-    return max(os.get_terminal_size(stream.fileno()).columns or 80, NARROWEST) if stream.isatty() else None
-
-
-def displayed(text: str) -> str:
-    """A text as stdout shows it: what its encoding lacks is escaped."""
+def encodable(text: str) -> str:
+    """The text as stdout can write it: what its encoding lacks is escaped."""
     return text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
 
 
-def columns(text: str) -> int:
+def display_width(text: str) -> int:
     """How many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
@@ -1879,32 +2475,35 @@ def columns(text: str) -> int:
     )
 
 
-def fit(text: str, width: int) -> str:
+def cut_end(text: str, width: int) -> str:
     """As much of the beginning of a text as takes at most that many columns."""
     if text.isascii():
         return text[:width]
     for end, char in enumerate(text):
-        width -= columns(char)
+        width -= display_width(char)
         if width < 0:
             return text[:end]
     return text
 
 
 def cut_middle(text: str, width: int, mark: str = "…") -> str:
-    """A text of at most that many columns, at the cost of its middle."""
-    if columns(text) <= width:
+    """The text in at most that many columns, if need be without its middle."""
+    if display_width(text) <= width:
         return text
-    tail = fit(text[::-1], (width - 1) // 2)[::-1]
-    while tail and not columns(tail[0]):  # an accent whose letter is cut off
+    tail = cut_end(text[::-1], (width - 1) // 2)[::-1]
+    while tail and not display_width(tail[0]):  # an accent whose letter is cut off
         tail = tail[1:]
-    return f"{fit(text, width // 2)}{mark}{tail}"
+    return f"{cut_end(text, width // 2)}{mark}{tail}"
 
 
 def wrap(text: str, width: int | None) -> list[str]:
-    """Lines of at most that many columns, two or more, broken between words where that is possible."""
+    """Lines of at most that many columns, broken between words where that is possible.
+
+    Unlike textwrap it counts columns, not characters, and leaves spaces in names as they are.
+    """
     lines = []
-    while width and columns(text) > width:
-        most = len(fit(text, width))
+    while width and display_width(text) > width:
+        most = len(cut_end(text, width))
         end = text.rfind(" ", 1, most + 1)
         end = most if end < 0 else end
         lines.append(text[:end])
@@ -1912,43 +2511,40 @@ def wrap(text: str, width: int | None) -> list[str]:
     return [*lines, text]
 
 
-Row = tuple["Server | User", Verdict, str, str]  # what, how idle and old, what would be done to it, and why
-
-
 def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
-    """Lines of a table that takes no more than that many columns: names are cut in the middle, reasons wrapped."""
+    """Lines of a table of at most that many columns: long names are cut in the middle, reasons are wrapped."""
     cells = []
     for target, verdict, would_be, reason in rows:
-        idle, age = ("-" if d is None else format_duration(d, units=2) for d in (verdict.idle, verdict.age))
-        cells.append((displayed(target.full_name), idle, age, would_be, displayed(f"{would_be}: {reason}")))
+        idle, age = ("-" if d is None else short(d) for d in (verdict.idle, verdict.age))
+        cells.append((encodable(target.full_name), idle, age, would_be, encodable(f"{would_be}: {reason}")))
     header = ("SERVER", "IDLE", "AGE", "", "WOULD BE")
-    names, idles, ages, _, room = (max(map(columns, column)) for column in zip(header, *cells, strict=True))
+    names, idles, ages, _, reasons = (max(map(display_width, column)) for column in zip(header, *cells, strict=True))
     numbers = 2 + idles + 2 + ages + 2
-    beside = True
-    if width is not None and names + numbers + room > width:
+    beside = True  # reasons stand beside the rest, not below it
+    if width is not None and names + numbers + reasons > width:
         least = min(names, width // 3)
-        beside = width - least - numbers >= READABLE
-        names = min(names, max(least, width - numbers - room) if beside else width - numbers + 2)
-        room = width - names - numbers if beside else width - 2
+        beside = width - least - numbers >= REASON_WIDTH
+        names = min(names, max(least, width - numbers - reasons) if beside else width - numbers + 2)
+        reasons = width - names - numbers if beside else width - 2
     indent = " " * (names + numbers if beside else 2)
-    mark = "…" if displayed("…") == "…" else "~"
+    mark = "…" if encodable("…") == "…" else "~"
 
     def line(name: str, idle: str, age: str, why: str) -> str:
-        left = f"{name}{' ' * (names - columns(name))}  {idle:{idles}}  {age:{ages}}"
+        left = f"{name}{' ' * (names - display_width(name))}  {idle:{idles}}  {age:{ages}}"
         return f"{left}  {why}" if beside else f"{left.rstrip()}\n{indent}{why}"
 
     yield click.style(line("SERVER", "IDLE", "AGE", "WOULD BE"), bold=True)
     for full_name, idle, age, would_be, why in cells:
-        first, *others = wrap(why, room)
+        first, *others = wrap(why, reasons)
         first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
         yield line(cut_middle(full_name, names, mark), idle, age, first)
         yield from (indent + other for other in others)
 
 
 def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | None) -> Iterator[str]:
-    """A picture of how many servers each of some timeouts would stop, and --timeout."""
+    """A bar for each of some timeouts: how many servers it would stop."""
     eighths = " ▏▎▍▌▋▊▉█"
-    if displayed(eighths) != eighths:
+    if encodable(eighths) != eighths:
         eighths = " ########"
     written = {parse_duration(step): step for step in IDLE_STEPS}
     labels = [written.get(step) or format_duration(step) for step in idle_for]
@@ -1959,60 +2555,74 @@ def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | Non
     for label, (step, count) in zip(labels, idle_for.items(), strict=True):
         full, part = divmod(max(count * longest * 8 // most, count > 0), 8)
         bar = (eighths[-1] * full + eighths[part]).strip()
-        yield f"{label:>{indent}}  {bar}{' ' * bool(bar)}{count}{AT_TIMEOUT * (step == timeout)}"
+        figure = f"{bar} {count}" if bar else str(count)
+        yield f"{label:>{indent}}  {figure}{AT_TIMEOUT if step == timeout else ''}"
 
 
-# ---- Figures for Prometheus
+# ---- Metrics for Prometheus
 
 
-def metric_families(result: PassResult, last_success: float) -> Iterator[tuple[str, str, Mapping[str, float]]]:
-    """Names of metrics, what they mean, and their values by their labels; of counters what this pass adds."""
+class Metric(NamedTuple):
+    """A metric, without the prefix of its name; `samples` by label; of a counter, what one pass adds."""
+
+    name: str
+    help: str
+    samples: Mapping[str, float]
+
+
+def metrics_of(result: PassResult, last_success: float) -> Iterator[Metric]:
+    """The metrics of a pass. `last_success`: when an earlier one succeeded, in seconds since 1970."""
     ended = result.started.timestamp() + result.seconds
-    done = result.exit_code is Exit.DONE
-    outcomes = {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in OF_DUE}
-    yield "passes_total", "Passes.", {"": 1}
-    yield "failed_passes_total", "Passes that did not do all they set out to do.", {"": not done}
-    yield "outcomes_total", "What became of servers, and of users that were not deleted, that were due.", outcomes
-    yield "deleted_users_total", "Users that were deleted.", {"": result.deleted}
-    yield "warned_servers_total", "Servers that --warn-before reported.", {"": result.warned}
-    yield "pass_duration_seconds", "Time that the last pass took.", {"": result.seconds}
-    yield "last_pass_timestamp_seconds", "When the last pass ended.", {"": ended}
+    succeeded = result.exit_code is Exit.DONE
+    outcomes = {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in OUTCOMES_OF_DUE}
+    yield Metric("passes_total", "Passes.", {"": 1})
+    yield Metric("failed_passes_total", "Passes that did not do all they set out to do.", {"": not succeeded})
+    yield Metric("outcomes_total", "What became of due servers, and of due users who were not deleted.", outcomes)
+    yield Metric("deleted_users_total", "Users who were deleted.", {"": result.deleted})
+    yield Metric("warned_servers_total", "Servers that --warn-before reported.", {"": result.warned})
+    yield Metric("pass_duration_seconds", "Time that the last pass took.", {"": result.seconds})
+    yield Metric("last_pass_timestamp_seconds", "When the last pass ended.", {"": ended})
     success = "When the last pass ended that did all it set out to do."
-    yield "last_success_timestamp_seconds", success, {"": ended if done else last_success}
+    yield Metric("last_success_timestamp_seconds", success, {"": ended if succeeded else last_success})
     if result.listed:
         idle = "Ready servers that were idle for at least --timeout in the last pass."
-        yield "running_servers", "Servers that were ready in the last pass.", {"": result.running}
-        yield "idle_servers", idle, {"": result.idle}
-        yield "planned", "Servers and users that were due in the last pass.", {"": result.due}
+        yield Metric("running_servers", "Servers that were ready in the last pass.", {"": result.running})
+        yield Metric("idle_servers", idle, {"": result.idle})
+        yield Metric("planned", "Servers and users that were due in the last pass.", {"": result.due})
 
 
 def write_metrics(path: str, result: PassResult) -> None:
-    """Write what node_exporter's textfile collector reads, whole or not at all. Counters go on from what is there.
+    """Write a file for node_exporter's textfile collector, whole or not at all. Counters continue those in the file.
 
-    Raises OSError, or ValueError if it is another file.
+    Raises OSError, or ValueError if it is another program's file.
     https://prometheus.io/docs/instrumenting/exposition_formats/
     """
+    import tempfile
+
     before = read_metrics(path)
     lines = []
-    for name, meaning, samples in metric_families(result, before.get("cull_idle_last_success_timestamp_seconds", 0)):
-        counts = name.endswith("_total")
-        lines += [f"# HELP cull_idle_{name} {meaning}", f"# TYPE cull_idle_{name} {'counter' if counts else 'gauge'}"]
-        for labels, value in samples.items():
-            sample = f"cull_idle_{name}{labels}"
-            lines.append(f"{sample} {round(value + (before.get(sample, 0) if counts else 0), 3)}")
-    unfinished = f"{path}.{os.getpid()}"
-    try:
-        with open(unfinished, "w") as file:
+    for metric in metrics_of(result, before.get("cull_idle_last_success_timestamp_seconds", 0)):
+        is_counter = metric.name.endswith("_total")
+        name = f"cull_idle_{metric.name}"
+        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {'counter' if is_counter else 'gauge'}"]
+        for labels, value in metric.samples.items():
+            earlier = before.get(f"{name}{labels}", 0) if is_counter else 0
+            lines.append(f"{name}{labels} {round(value + earlier, 3)}")
+    # A new file that nobody else can have prepared, in the same directory, so that it can replace the old one.
+    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", prefix=".cull_idle", delete=False) as file:
+        try:
             file.write("\n".join(lines) + "\n")
-        os.replace(unfinished, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
-        raise
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # node_exporter runs as another user
+            os.replace(file.name, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(file.name)
+            raise
 
 
 def read_metrics(path: str) -> dict[str, float]:
-    """What a metrics file holds; nothing if there is none yet. Raises OSError, or ValueError if it is another file."""
+    """The samples in a metrics file, none if there is no file. Raises OSError, or ValueError for another's file."""
     if not os.path.exists(path):
         return {}
     text = "perhaps a device"
@@ -2025,179 +2635,237 @@ def read_metrics(path: str) -> dict[str, float]:
     return {name: float(value) for name, value in samples}
 
 
-# ---- Notices: a command of the administrator's own
+def check_metrics_file(path: str) -> None:
+    """Raise UsageError if the metrics could not be written after a pass."""
+    try:
+        read_metrics(path)
+    except ValueError as error:
+        raise UsageError(f"--metrics-file {path} is there already: {error}.") from None
+    except OSError as error:
+        raise UsageError(f"--metrics-file {path} cannot be read: {error.strerror}.") from None
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise UsageError(f"--metrics-file {path} cannot be written: its directory must exist and be writable.")
+
+
+# ---- Notices: the administrator's own command for each event
 
 NOTICE_SECONDS = 30  # for one command
 NOTICES_AT_ONCE = 4
-LATE_NOTICES = 10  # after so many in a pass no other is begun: it would take hours
+LATE_NOTICES = 10  # after so many commands that were not done in time, a pass runs no more: it would take hours
+NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
 
 class Notices:
-    """Runs a command for each event, a few at a time, with the event as JSON on its standard input."""
+    """Runs a command for each event, a few at a time, with the event's JSON on its standard input."""
 
-    def __init__(self, command: Sequence[str], token: str, stop: threading.Event) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
+    def __init__(self, command: Sequence[str], settings: Settings, stop: threading.Event) -> None:
         self._command = command
-        self._secrets = {token, os.environ.get("JUPYTERHUB_API_TOKEN", "").strip() or token}
+        self._settings = settings
+        # Without $JUPYTERHUB_API_TOKEN, and whatever else holds a token.
         self._environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not any(secret in value for secret in self._secrets)  # $JUPYTERHUB_API_TOKEN, and what else has it
+            name: value for name, value in os.environ.items() if not any(secret in value for secret in SECRETS)
         }
         self._stop = stop
-        self._workers = ThreadPoolExecutor(NOTICES_AT_ONCE)
-        self._running: list[tuple[str, Future[str]]] = []
-        # Only how many counts; lists, because several threads add to them.
-        self._late: list[object] = []  # not done in time
-        self._left_out: list[object] = []
+        self._waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        # Lists, because several threads add to them.
+        self._failed: list[tuple[Event, str]] = []  # and why
+        self._late: list[Event] = []  # not done in time
+        self._left_out: list[Event] = []
 
-    def send(self, facts: Mapping[str, Any]) -> None:
-        """Run the command soon, unless told to stop before that, or many were not done in time."""
-        name = printable(f"{facts['user']}/{facts['server']}" if facts["server"] else facts["user"])
-        self._running.append((name, self._workers.submit(self._run, facts)))
+    def send(self, event: Event) -> None:
+        """Run the command soon, if it is an event to notify of."""
+        if event.outcome not in NOTIFIED:
+            return
+        self._waiting.put(event)
+        if len(self._threads) < NOTICES_AT_ONCE:
+            thread = threading.Thread(target=self._work, name="cull_idle notices", daemon=True)
+            with contextlib.suppress(RuntimeError):  # can't start new thread
+                thread.start()
+                self._threads.append(thread)
 
     def wait(self) -> Iterator[tuple[str, str]]:
-        """Wait for all; yields what failed, as a sentence, and in which way."""
-        with self._workers:
-            for name, future in self._running:
-                if error := future.result():
-                    yield f"--notify for {name}: {error}", f"--notify: {error.partition(': ')[0]}"
+        """Wait for all commands; yields a sentence for each that failed, and the kind of failure."""
+        for _ in range(len(self._threads) or 1):
+            self._waiting.put(None)
+        if not self._threads:
+            self._work()
+        for thread in self._threads:
+            thread.join()
+        for event, why in self._failed:
+            name = event.target.full_name.removeprefix("user ")
+            yield f"--notify for {name}: {why}", f"--notify: {why.partition(': ')[0]}"
         if self._left_out:
             why = "told to stop" if self._stop.is_set() else f"{len(self._late)} were not done in time"
-            yield (sentence := f"--notify: {len(self._left_out)} left out, because {why}"), sentence
+            sentence = f"--notify: {len(self._left_out)} left out, because {why}"
+            yield sentence, sentence
 
-    def _run(self, facts: Mapping[str, Any]) -> str:
-        """Run the command for one event; returns why it failed."""
+    def _work(self) -> None:
+        """Run the command for events until there are no more."""
+        while event := self._waiting.get():
+            if why := self._run(event):
+                self._failed.append((event, why))
+
+    def _run(self, event: Event) -> str:
+        """Run the command for one event; returns why it failed, empty if it did not."""
         import json
         import signal
         import subprocess
         import tempfile
 
         if self._stop.is_set() or len(self._late) >= LATE_NOTICES:
-            self._left_out.append(facts)
+            self._left_out.append(event)
             return ""
-        variables = {"EVENT": facts["outcome"], "USER": facts["user"], "SERVER": facts["server"], "DUE": facts["due"]}
-        environment = self._environment | {f"CULL_IDLE_{name}": value or "" for name, value in variables.items()}
+        fields = event_fields(event, self._settings)
+        variables = {"EVENT": "outcome", "USER": "user", "SERVER": "server", "DUE": "due"}
+        environment = {f"CULL_IDLE_{name}": str(fields[field] or "") for name, field in variables.items()}
         command = self._command[0]
         try:
             # Not a pipe: what the command leaves running in the background may keep that open.
-            with tempfile.TemporaryFile() as complaints:
+            with tempfile.TemporaryFile() as stderr:
                 process = subprocess.Popen(  # noqa: S603 (the administrator's own command)
                     self._command,
-                    env=environment,
+                    env=self._environment | environment,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
-                    stderr=complaints,
+                    stderr=stderr,
                     start_new_session=True,
                 )
                 try:
-                    process.communicate(json.dumps(facts).encode() + b"\n", NOTICE_SECONDS)
+                    process.communicate(json.dumps(fields).encode() + b"\n", NOTICE_SECONDS)
                 except subprocess.TimeoutExpired:
-                    self._late.append(facts)
-                    with contextlib.suppress(OSError):  # what runs as another user cannot be killed
+                    self._late.append(event)
+                    with contextlib.suppress(OSError):  # a process of another user cannot be killed
                         os.killpg(process.pid, signal.SIGKILL)
                         process.wait()
                     return f"{command} was not done after {NOTICE_SECONDS}s, and is given up"
-                complaints.seek(max(complaints.seek(0, os.SEEK_END) - READ_SIZE, 0))
-                words = complaints.read(READ_SIZE).decode(errors="replace")
+                words = last_line(stderr)
         except (OSError, ValueError) as error:  # ValueError: a name that no variable can hold
-            return f"{command} cannot be run: {shorten(str(getattr(error, 'strerror', None) or error))}"
+            return f"{command} cannot be run: {one_line(str(getattr(error, 'strerror', None) or error))}"
         if process.returncode == 0:
             return ""
-        for secret in self._secrets:
-            words = words.replace(secret, "…")
         how = f"exited with {process.returncode}" if process.returncode > 0 else f"was killed ({-process.returncode})"
-        *_, last = words.strip().splitlines() or ["no word of why"]  # of a traceback the last line says it
-        return f"{command} {how}: {shorten(last)}"
+        return f"{command} {how}: {words}"
 
 
-# ---- The reasons for one decision
+def last_line(stream: BinaryIO) -> str:
+    """The last line that a command has written, which in a traceback says what is wrong."""
+    start = max(stream.seek(0, os.SEEK_END) - READ_SIZE, 0)
+    stream.seek(start)
+    lines = stream.read().decode(errors="replace").strip().splitlines()
+    if start:
+        lines = lines[1:]  # the rest of a line, which may begin in the middle of a token
+    return one_line(lines[-1]) if lines else "no word of why"
 
-LABEL = 9  # columns
+
+# ---- Explaining one decision
+
+LABEL_WIDTH = 9  # columns
 
 
-def show_reasons(facts: Iterable[tuple[str, str]]) -> None:
+def show_explanation(facts: Iterable[tuple[str, str]]) -> None:
     """Print labels and facts, one below the other."""
     width = terminal_width(sys.stdout)
     for label, fact in facts:
-        lines = wrap(displayed(fact), width and width - LABEL)
-        click.echo(f"{label:{LABEL}}" + f"\n{'':{LABEL}}".join(lines))
+        lines = wrap(encodable(fact), width and width - LABEL_WIDTH)
+        click.echo(f"{label:{LABEL_WIDTH}}" + f"\n{'':{LABEL_WIDTH}}".join(lines))
 
 
 def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]]:
-    """All that decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
+    """What decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
 
     Raises CullError.
     """
     user_name, _, server_name = name.partition("/")
     if not user_name:
         raise UsageError("--explain: write USER, or USER/SERVER for a named server.")
-    user, now = hub.user(user_name)
+    look = hub.look(user_name)
+    if look is None:
+        raise HubError(f"{hub.url} cannot show a single user, so there is nothing to explain; {API_HINT}")
+    user, now = look
     if user is None:
-        raise UsageError(f"--explain: {hub.url} knows no user {shorten(user_name, 40)!r}.")
+        raise UsageError(f"--explain: {hub.url} knows no user {one_line(user_name, 40)!r}.")
     ahead = round((now - datetime.now(UTC)).total_seconds())
-    drift = f", {format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'} this machine's"
-    yield "hub", f"{hub.url}, JupyterHub {shorten(hub.version, 20) if hub.version else 'of an unknown version'}"
-    yield "clock", format_time(now) + (drift if abs(ahead) > 1 else "")
-    server = user.server(server_name) or next((each for each in user.servers if each.doubt), None)
-    if server:
-        policy = settings.policies.of_server(server)
-        verdict = judge_server(server, policy, now)
-        yield "server", server.full_name
-        ready = "yes" if server.ready else "unknown" if server.doubt else "no"
-        yield "ready", ready + (f", pending {shorten(server.pending, 20)}" if server.pending else "")
-        yield from explain_limits(server, verdict, policy, list(enumerate(settings.rule, 1)), now)
-        would_be = "removed" if server.name and settings.remove_named_servers else "stopped"
-        yield "verdict", f"{f'would be {would_be}' if verdict.cull else 'kept'}: {verdict.reason}"
-    else:
-        others = ", ".join(each.full_name for each in user.servers)
-        yield "server", f"{printable(name)} is not running" + (f", only {others}" if others else "")
-        yield "verdict", "nothing to stop"
+    difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
+    yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
+    yield "clock", format_time(now) + (f", {difference} this machine's" if abs(ahead) > 1 else "")
+    yield from explain_server(user, server_name, settings, now)
     if settings.cull_users and not server_name:
-        rules = [(number, rule) for number, rule in enumerate(settings.rule, 1) if rule.of_users]
-        policy = settings.policies.of_user(user)
-        verdict = judge_user(user, policy, now)
-        yield "user", printable(user.name) + ", an admin" * user.admin
-        yield from explain_limits(user, verdict, policy, rules, now)
-        staying = [
-            each.full_name
-            for each in user.servers
-            if not judge_server(each, settings.policies.of_server(each), now).cull
-        ]
-        if verdict.cull and staying:
-            verdict = verdict._replace(cull=False, because=f"{', '.join(staying)} would not be stopped")
-        first = " once no server is left" if user.servers else ""
-        yield "verdict", f"{f'would be deleted{first}' if verdict.cull else 'kept'}: {verdict.reason}"
+        yield from explain_user(user, settings, now)
+
+
+def explain_server(user: User, name: str, settings: Settings, now: datetime) -> Iterator[tuple[str, str]]:
+    """What decides about a server of a user."""
+    server = user.server(name)
+    if server is None:
+        full_name = printable(f"{user.name}/{name}" if name else user.name)
+        others = ", ".join(each.full_name for each in user.servers)
+        yield "server", f"{full_name} is not running" + (f", only {others}" if others else "")
+        yield "verdict", "nothing to stop"
+        return
+    verdict = settings.judge_server(server, now)
+    yield "server", server.full_name
+    ready = "yes" if server.ready else "unknown" if server.doubt else "no"
+    yield "ready", ready + (f", pending {one_line(server.pending, 20)}" if server.pending else "")
+    yield from explain_times(server.last_activity, "started", server.started, verdict)
+    yield from explain_rules(server, settings.numbered_rules)
+    policy = settings.server_policies.find(server)
+    yield from explain_limits(policy, server.last_activity, server.started, now)
+    if settings.arbiter:
+        yield "arbiter", "decides in place of the timeout"
+    yield "verdict", f"{f'would be {WOULD_BE[action(server, settings)]}' if verdict.cull else 'kept'}: {verdict.reason}"
+
+
+def explain_user(user: User, settings: Settings, now: datetime) -> Iterator[tuple[str, str]]:
+    """What decides about a user."""
+    verdict = settings.judge_user(user, now)
+    yield "user", printable(user.name) + (", an admin" if user.admin else "")
+    yield from explain_times(user.last_activity, "created", user.created, verdict)
+    yield from explain_rules(user, [(number, rule) for number, rule in settings.numbered_rules if rule.for_users])
+    yield from explain_limits(settings.user_policies.find(user), user.last_activity, user.created, now)
+    staying = [server.full_name for server in user.servers if not settings.judge_server(server, now).cull]
+    if verdict.cull and staying:
+        verdict = verdict.kept(f"{', '.join(staying)} would not be stopped")
+    when = " once no server is left" if user.servers else ""
+    yield "verdict", f"{f'would be deleted{when}' if verdict.cull else 'kept'}: {verdict.reason}"
+
+
+def explain_times(
+    active: datetime | None, birth: str, born: datetime | None, verdict: Verdict
+) -> Iterator[tuple[str, str]]:
+    """When something was last active and when it was born, and how long ago that is."""
+    # The very same moment only where it stands in: see read_user and read_server.
+    stands_in = f": when it was {birth}, no activity is known" if active is born else ""
+    for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
+        if moment is None:
+            yield label, "unknown"
+            continue
+        ago = f", {format_duration(measured)} ago" if measured is not None else ""
+        yield label, f"{format_time(moment)}{ago}{stands_in if label == 'active' else ''}"
+
+
+def explain_rules(target: Server | User, rules: Iterable[tuple[int, Rule]]) -> Iterator[tuple[str, str]]:
+    """Why rules do not apply, up to the first one that does."""
+    for number, rule in rules:
+        failing = [field for field, glob in rule.matches if not any(map(glob.match, readable_values(target, field)))]
+        if not failing:
+            servers_only = ", its limits only to servers" if isinstance(target, User) and not rule.keep else ""
+            yield f"rule {number}", f"{rule.text}: applies{servers_only}"
+            return
+        values = ", ".join(readable_values(target, failing[0])) or "none"
+        yield f"rule {number}", f"{rule.text}: does not apply, {failing[0]} is {one_line(values)}"
 
 
 def explain_limits(
-    target: Server | User, verdict: Verdict, policy: Policy, rules: Sequence[tuple[int, Rule]], now: datetime
+    policy: Policy, active: datetime | None, born: datetime | None, now: datetime
 ) -> Iterator[tuple[str, str]]:
-    """What is measured of a server or a user, which rule applies, and what the limits come to."""
-    birth, born = ("started", target.started) if isinstance(target, Server) else ("created", target.created)
-    active = target.last_activity
-    # The very same moment only where it stands in, see read_user and read_server.
-    stands_in = f": when it was {birth}, no activity is known" if active is born else ""
-    for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
-        ago = f", {format_duration(measured)} ago" if measured is not None else ""
-        yield label, f"{format_time(moment)}{ago}{stands_in * (label == 'active')}" if moment else "unknown"
-    for number, rule in rules:
-        misfits = [field for field, glob in rule.matches if not any(map(glob.match, target.facts(field) or ()))]
-        if not misfits:
-            servers_only = ", its limits only to servers" if isinstance(target, User) and not rule.keep else ""
-            yield f"rule {number}", f"{rule.text}: applies{servers_only}"
-            break
-        values = ", ".join(target.facts(misfits[0]) or ("none",))
-        yield f"rule {number}", f"{rule.text}: does not apply, {misfits[0]} is {shorten(values)}"
-    for label, limit, since in (("timeout", policy.timeout, active), ("max-age", policy.max_age, born)):
-        yield label, reach(limit, since, now)
-    if policy.arbiter:
-        yield "arbiter", "decides in place of the timeout"
+    """The limits, and when they are reached."""
+    yield "timeout", explain_limit(policy.timeout, active, now)
+    yield "max-age", explain_limit(policy.max_age, born, now)
 
 
-def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
-    """A limit, and when something reaches it that goes on since then."""
+def explain_limit(limit: Limit, since: datetime | None, now: datetime) -> str:
+    """A limit, and when something that has lasted since then reaches it."""
     by_rule = limit.source.partition(":")[0]
     if limit.duration == NEVER:
         return f"never{by_rule}"
@@ -2205,137 +2873,263 @@ def reach(limit: Limit, since: datetime | None, now: datetime) -> str:
     if since is None:
         return f"{text}, not reached: unknown since when"
     left = limit.duration - max(now - since, ZERO)
-    if left >= datetime(LAST_YEAR, 1, 1, tzinfo=UTC) - now:
+    try:
+        at = format_time(min(since, now) + limit.duration)
+    except OverflowError:
         return f"{text}, not reached"
-    at = format_time(now + left)
     return f"{text}, not reached before {at}, in {format_duration(left)}" if left > ZERO else f"{text}, reached at {at}"
 
 
-# ---- The command line: each option is declared once, as a field of Settings
+# ---- The loop, with token and signals
+
+TOKEN_SECONDS = 5  # how long a pipe may keep us waiting for a token
+LONGEST_TOKEN = 1 << 16  # bytes
 
 
-LONGEST = timedelta(days=365)
+def read_token(path: str | None) -> str:
+    """Read the API token from a file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
+    source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
+    in_environment = os.environ.get("JUPYTERHUB_API_TOKEN", "").strip()
+    try:
+        token = read_token_file(path).strip() if path else in_environment
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None
+    if not token:
+        state = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
+        other = "" if path else ", or into a file for --token-file"
+        raise UsageError(f"{source} {state}: put an API token of the Hub there{other} (README: first steps).")
+    if not re.fullmatch("[!-~]+", token):
+        raise UsageError(f"{source} holds no API token: a token is one word of plain ASCII characters.")
+    SECRETS.update({token, in_environment or token})
+    return token
 
 
-def duration(*, least: timedelta = ZERO, most: timedelta = timedelta.max, never: bool = False) -> dict[str, Any]:
-    """Attributes of an option that is a duration within these bounds, or perhaps `never`."""
+def read_token_file(path: str) -> str:
+    """The content of a file, or of a pipe that somebody writes to. Raises OSError."""
+    import select
 
-    def convert(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
-        if value is None:
-            return None
+    content = b""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while len(content) < LONGEST_TOKEN:
+            if not select.select([descriptor], [], [], TOKEN_SECONDS)[0]:
+                raise TimeoutError(None, f"nothing has come for {TOKEN_SECONDS}s")
+            chunk = os.read(descriptor, LONGEST_TOKEN)
+            if not chunk:
+                break
+            content += chunk
+    finally:
+        os.close(descriptor)
+    return content.decode("ascii", errors="replace")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set. A second signal ends the program at once."""
+    import signal
+
+    stop = threading.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        for each in signals:  # PID 1, as in a container, would not be ended by the default action
+            signal.signal(each, exit_at_once if os.getpid() == 1 else signal.SIG_DFL)
+        if number == signal.SIGINT and sys.stderr.isatty():
+            os.write(2, f"{ERASE_LINE}finishing what is in flight; press Ctrl-C again to quit at once\n".encode())
+
+    before = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_at_once(number: int, _frame: object) -> None:
+    """What a shell would make of a process that a signal has ended."""
+    os._exit(128 + number)
+
+
+class Culler:
+    """Makes passes, as the settings say, until told to stop."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        """Read the first token. Raises UsageError."""
+        self.settings = settings
+        self.stop = stop
+        self.log = Log(settings)
+        self.json_lines = JsonLines(settings, stop)
+        self._token = read_token(settings.token_file)
+        self._token_problem = ""  # why the last token is still used
+        self._identity: Identity | None = None
+        self._scopes_checked = False
+        self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
+
+    def run(self) -> Exit:
+        """Make one pass, or passes until told to stop."""
+        return self.run_once() if self.settings.once or self.settings.dry_run else self.run_forever()
+
+    def run_once(self) -> Exit:
+        """Make one pass."""
+        result = self.make_pass()
+        self.report(result)
+        if self.stop.is_set():
+            self.log.say("error", "told to stop before the pass was over")
+            return max(result.exit_code, Exit.UNDONE)
+        return result.exit_code
+
+    def run_forever(self) -> Exit:
+        """Make passes until told to stop. After a pass that failed the next one comes sooner: in 2, 4, 8 … seconds."""
+        failures = 0
+        while not self.stop.is_set():
+            began = time.monotonic()
+            result = self.make_pass()
+            failures = failures + 1 if result.exit_code else 0
+            interval = self.settings.interval.total_seconds()
+            pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
+            self.report(result, None if self.stop.is_set() else pause)
+            if not self.stop.wait(pause):
+                self._read_token_again()
+        self.log.say("info", "told to stop")
+        return Exit.DONE
+
+    def explain(self, name: str) -> Exit:
+        """Explain one decision. Raises CullError."""
+        with self._open_hub() as hub:
+            self._check_scopes(hub)
+            show_explanation(explain(hub, self.settings, name))
+        return Exit.DONE
+
+    def make_pass(self) -> PassResult:
+        """Scan the Hub once and decide, then cull what is due, or show it."""
+        began = time.monotonic()
+        result = PassResult(self.settings.dry_run)
         try:
-            number = parse_limit(value) if never else parse_duration(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-        if number < least:
-            raise click.BadParameter(f"{value!r} is too short: at least {least.total_seconds():g}s.")
-        if number > most:
-            raise click.BadParameter(f"{value!r} is too long: at most {format_duration(most)}.")
-        return number
+            with self._open_hub() as hub:
+                self._check_scopes(hub)
+                if self.settings.dry_run:
+                    self._plan(hub, result)
+                else:
+                    self._cull(hub, result)
+        except CullError as error:
+            result.errors.append(error)
+        result.seconds = time.monotonic() - began
+        self._scopes_checked = self._scopes_checked or not result.errors
+        return result
 
-    return {"callback": convert, "metavar": "DURATION|never" if never else "DURATION"}
+    def _cull(self, hub: Hub, result: PassResult) -> None:
+        """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
+        findings = self._scan(hub, result, self.log.kept if self.settings.level == "debug" else None)
+        with self._notices() as notices, self.log.progress(findings.due):
+            for event in self._events(hub, findings):
+                result.count(event)
+                self.log.event(event)
+                self.json_lines.event(event)
+                if notices:
+                    notices.send(event)
+
+    def _events(self, hub: Hub, findings: Findings) -> Iterator[Event]:
+        yield from self._new_warnings(findings)
+        findings.check_fuse()
+        yield from Culling(hub, self._identity, findings, self.stop).events()
+
+    def _plan(self, hub: Hub, result: PassResult) -> None:
+        """Scan, decide and show. Raises CullError."""
+        kept: list[Decision[Server] | Decision[User]] = []
+        findings = self._scan(hub, result, kept.append if self.settings.level == "debug" else None)
+        if self.settings.json:
+            for event in planned_events(findings):
+                self.json_lines.event(event)
+        elif findings.complete or findings.listed:
+            missing = missing_scopes(self._identity, self.settings, to_cull=True) if self._identity else []
+            show_plan(findings, kept, missing, self.settings)
+
+    def _scan(
+        self, hub: Hub, result: PassResult, on_kept: Callable[[Decision[Server] | Decision[User]], None] | None
+    ) -> Findings:
+        findings = scan_and_decide(hub, self.settings, self.stop, on_kept)
+        result.add_findings(findings)
+        result.version = hub.version
+        if findings.doubts:
+            self.log.say("warning", f"kept {findings.doubts} in doubt; the first: {findings.first_doubt}")
+        return findings
+
+    def _new_warnings(self, findings: Findings) -> Iterator[Event]:
+        """Warnings of servers that will be due soon, each once, until something happens to the server."""
+        if not findings.error and findings.hub_time:  # a server that is not listed this time may be the next time
+            now = findings.hub_time
+            self._warned = {key: due for key, due in self._warned.items() if due > now}
+        for key, event in findings.warnings.items():
+            if event.due and self._warned.get(key) != event.due:
+                self._warned[key] = event.due
+                yield event
+            else:
+                self.log.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
+
+    @contextlib.contextmanager
+    def _notices(self) -> Iterator[Notices | None]:
+        """Commands of --notify; waits for them at the end."""
+        if not self.settings.notify:
+            yield None
+            return
+        notices = Notices(self.settings.notify, self.settings, self.stop)
+        try:
+            yield notices
+        finally:
+            for sentence, kind in notices.wait():
+                self.log.failure(sentence, kind)
+
+    def report(self, result: PassResult, pause: float | None = None) -> None:
+        """Report a pass, and in how many seconds the next one starts. Raises OSError if nobody reads the JSON."""
+        self.log.result(result, pause)
+        try:
+            self.json_lines.result(result)
+        finally:
+            if self.settings.metrics_file and not self.settings.dry_run:
+                self._write_metrics(self.settings.metrics_file, result)
+
+    def _write_metrics(self, path: str, result: PassResult) -> None:
+        try:
+            write_metrics(path, result)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            self.log.say("error", f"--metrics-file {path} is not written: {why}")
+
+    def _read_token_again(self) -> None:
+        """Read the token again, so that a new one needs no restart. The last one stays if that fails."""
+        problem = ""
+        try:
+            self._token = read_token(self.settings.token_file)
+        except UsageError as error:
+            problem = str(error)
+        if problem and problem != self._token_problem:
+            self.log.say("warning", f"{problem} Until then the last token is used.")
+        self._token_problem = problem
+
+    def _open_hub(self) -> Hub:
+        settings = self.settings
+        return Hub(settings.url, self._token, settings.request_timeout, settings.client_certificate)
+
+    def _check_scopes(self, hub: Hub) -> None:
+        """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""
+        if self._scopes_checked:
+            return
+        try:
+            self._identity = with_retries(hub.identity, self.stop)
+        except TryAgain:
+            raise
+        except HubError:  # GET /users will say it better
+            return
+        if self._identity:
+            check_scopes(self._identity, self.settings)
 
 
-def fuse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Fuse | None:
-    """Read a number, or a percentage."""
-    if value is None:
-        return None
-    match = re.fullmatch(rf"({NUMBER})%|([0-9]+)", value.strip())
-    if not match or float(match[1] or 0) > 100:
-        raise click.BadParameter(
-            f"{shorten(value, 40)!r} is neither a number, such as 20, nor a percentage, such as 10%."
-        )
-    return Fuse(float(match[1] or match[2]), percent=bool(match[1]))
+# ---- The command line
 
-
-def read_rules(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> tuple[Rule, ...]:
-    """Read all rules."""
-    try:
-        return tuple(map(parse_rule, values))
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def read_arbiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Arbiter | None:
-    """Load an arbiter."""
-    try:
-        return load_arbiter(value) if value else None
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def read_command(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Split a command as a shell would."""
-    if value is None:
-        return None
-    import shlex
-    import shutil
-
-    try:
-        words = tuple(shlex.split(value))
-    except ValueError as error:
-        raise click.BadParameter(f"{shorten(value)!r}: {error}.") from None
-    if not words or not shutil.which(words[0]):
-        raise click.BadParameter(f"{shorten(words[0] if words else value)!r} is no program that can be run.")
-    return words
-
-
-def check_metrics_file(_ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
-    """Refuse what could not be written after a pass, or is another file."""
-    if path is None:
-        return None
-    try:
-        read_metrics(path)
-    except ValueError as error:
-        raise click.BadParameter(f"{path} is there already: {error}.") from None
-    except OSError as error:
-        raise click.BadParameter(f"{path} cannot be read: {error.strerror}.") from None
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise click.BadParameter(f"{path} cannot be written: its folder must exist and be writable.")
-    return path
-
-
-def option_name(field: str) -> str:
-    """The name of an option, from that of its field."""
-    return field.replace("_", "-")
-
-
-def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
-    """Take defaults from a TOML file whose keys are the names of options."""
-    if path is None:
-        return None
-    import tomllib
-
-    try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
-    except ValueError as error:
-        raise click.BadParameter(f"{path} is not TOML: {shorten(str(error))}.", ctx, param) from None
-    names = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("callback") is not read_config}
-    ctx.default_map = {name.replace("-", "_"): value for name, value in values.items()}
-    if unknown := [name for name in values if name.replace("-", "_") not in names]:
-        raise click.BadParameter(f"{path} has a key {shorten(unknown[0], 40)!r}, which is no option.", ctx, param)
-    if wrong := [n for n, v in values.items() if isinstance(v, dict) or (isinstance(v, list) and n != "rule")]:
-        raise click.BadParameter(f"{path}: {wrong[0]} must be one value, not a table or a list.", ctx, param)
-    return path
-
-
-def hub_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    """Check a URL as far as that is possible without asking it."""
-    from urllib.parse import urlsplit
-
-    try:
-        url = urlsplit(value)
-        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch("[!-~]+", value):
-        raise click.BadParameter(f"{shorten(value)!r} is not a URL like http://127.0.0.1:8081/hub/api.")
-    if url.username is not None or url.query or url.fragment:
-        raise click.BadParameter("a Hub's URL has no user, no password, no ? and no #.")
-    return value.rstrip("/")
+ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity_interval, and some time to do it
+NOTICE_VARIABLES = {"EVENT": "outcome", "USER": "user", "SERVER": "server", "DUE": "due"}
 
 
 class GroupedOption(click.Option):
@@ -2346,7 +3140,7 @@ class GroupedOption(click.Option):
         self.heading = heading
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
-        """Several values in one variable are separated by semicolons: rules have spaces in them."""
+        """Several values in one variable are separated by semicolons, because rules have spaces in them."""
         value = self.resolve_envvar_value(ctx)
         if value and self.multiple:
             return [part for part in value.split(";") if part.strip()]
@@ -2369,222 +3163,6 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records, col_max=32)
 
 
-def option(heading: str, help: str, *names: str, **attrs: Any) -> Any:
-    """A field of Settings that is an option, and a variable CULL_IDLE_…, of its name; `attrs` as for click.Option."""
-    return dataclasses.field(metadata={"names": names, "show_default": True, "help": help, "heading": heading, **attrs})
-
-
-def boolean(heading: str, help: str, default: str) -> Any:
-    """A field of Settings that is an option given bare or as --option=BOOL."""
-    return option(heading, help, type=bool, is_flag=False, flag_value="true", default=default, metavar="[=BOOL]")
-
-
-PATH = click.Path()
-WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Settings:
-    """Everything that the command line, the environment and the defaults decide."""
-
-    timeout: timedelta = option(
-        WHAT,
-        "Stop servers idle for at least this long; 0 stops every ready server.",
-        **duration(never=True),
-        default="10m",
-    )
-    max_age: timedelta = option(
-        WHAT,
-        "Stop servers that started at least this long ago, even active ones; 0 is never.",
-        **duration(never=True),
-        default="never",
-    )
-    cull_default_servers: bool = boolean(WHAT, "Cull default servers.", "true")
-    cull_named_servers: bool = boolean(WHAT, "Cull named servers.", "true")
-    remove_named_servers: bool = boolean(WHAT, "Also remove a named server once it is stopped.", "false")
-    cull_users: bool = boolean(WHAT, "Also delete idle users none of whose servers still run.", "false")
-    cull_admin_users: bool = boolean(WHAT, "Let --cull-users delete admins too.", "true")
-    user_timeout: timedelta | None = option(
-        WHAT,
-        "Idle time after which --cull-users deletes a user.  [default: --timeout]",
-        **duration(never=True),
-    )
-    user_max_age: timedelta | None = option(
-        WHAT, "Age after which --cull-users deletes a user; 0 is never.  [default: --max-age]", **duration(never=True)
-    )
-    rule: tuple[Rule, ...] = option(
-        WHAT,
-        f"An exception, such as 'group=gpu timeout=30m' or 'user=svc-* keep'; may be repeated, the first that fits"
-        f" applies. Globs match {', '.join(MATCHES)}.",
-        multiple=True,
-        callback=read_rules,
-        metavar="RULE",
-    )
-    arbiter: Arbiter | None = option(
-        WHAT,
-        "Your own decision in place of --timeout: a function that takes inactive, inactive_limit, server and user, or"
-        " some of them, and returns whether to cull.",
-        callback=read_arbiter,
-        metavar="MODULE:FUNC|FILE.py:FUNC",
-    )
-    max_culls: Fuse | None = option(
-        WHAT,
-        "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
-        " of the ready servers, and of the users.",
-        callback=fuse,
-        metavar="N|N%",
-    )
-
-    once: bool = option(WHEN, "Make one pass, then exit.", is_flag=True, show_default=False)
-    cull_every: timedelta | None = option(
-        WHEN,
-        "Time between the starts of two passes; they never overlap.  [default: half of --timeout]",
-        **duration(least=timedelta(seconds=1), most=LONGEST),
-    )
-    dry_run: bool = option(
-        WHEN, "Decide and show, change nothing, exit; with -v show what is kept too.", is_flag=True, show_default=False
-    )
-    explain: str | None = option(
-        WHEN,
-        "Say all that decides about a user's default server, or a named one, change nothing, exit.",
-        metavar="USER[/SERVER]",
-    )
-
-    url: str = option(
-        HUB,
-        "The Hub's API; $JUPYTERHUB_API_URL if set.",
-        envvar=["JUPYTERHUB_API_URL"],
-        default="http://127.0.0.1:8081/hub/api",
-        callback=hub_url,
-        metavar="URL",
-    )
-    token_file: str | None = option(
-        HUB,
-        "Read the API token from this file, again for each pass, and not from $JUPYTERHUB_API_TOKEN.",
-        type=PATH,
-        metavar="FILE",
-    )
-    concurrency: int = option(
-        HUB, "Requests in flight at the same time.", type=click.IntRange(1, 1000), default=10, metavar="N"
-    )
-    api_page_size: int = option(
-        HUB,
-        "Users per page; the Hub caps it, 0 leaves it to the Hub.",
-        type=click.IntRange(min=0),
-        default=200,
-        metavar="N",
-    )
-    request_timeout: timedelta = option(
-        HUB,
-        "Time for one request; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
-        envvar=["JUPYTERHUB_REQUEST_TIMEOUT"],
-        **duration(least=timedelta(milliseconds=1), most=timedelta(days=1)),
-        default="1m",
-    )
-
-    ssl_enabled: bool = boolean(HUB, "Use the client certificates of a Hub with internal_ssl.", "false")
-    internal_certs_location: str = option(
-        HUB,
-        "The Hub's folder of these; $JUPYTERHUB_SSL_KEYFILE, …CERTFILE and …CLIENT_CA come first, if set.",
-        type=PATH,
-        default="internal-ssl",
-        metavar="DIR",
-    )
-
-    verbose: bool = option(OUTPUT, "Say also what is kept, and why.", "-v", is_flag=True, show_default=False)
-    quiet: bool = option(OUTPUT, "Say nothing unless something failed.", "-q", is_flag=True, show_default=False)
-    log_level: str | None = option(
-        OUTPUT,
-        "Say exactly this much.  [default: info]",
-        type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
-        metavar="LEVEL",
-    )
-
-    json: bool = option(OUTPUT, "Print events as JSON Lines.", is_flag=True, show_default=False)
-    warn_before: timedelta | None = option(
-        OUTPUT,
-        "Report servers that will be due within this time if nothing happens.",
-        **duration(most=LONGEST),
-    )
-    notify: tuple[str, ...] | None = option(
-        OUTPUT,
-        "Run this for each server or user warned, culled, stopping or failed, with its JSON on standard input.",
-        callback=read_command,
-        metavar="COMMAND",
-    )
-    metrics_file: str | None = option(
-        OUTPUT,
-        "After each pass write figures for node_exporter's textfile collector.",
-        type=PATH,
-        callback=check_metrics_file,
-        metavar="FILE",
-    )
-
-    config: str | None = option(
-        OUTPUT,
-        "Take defaults from a TOML file of these options.",
-        type=PATH,
-        is_eager=True,
-        callback=read_config,
-        metavar="FILE",
-    )
-
-    @property
-    def level(self) -> str:
-        """The level of the log."""
-        return self.log_level or ("debug" if self.verbose else "error" if self.quiet else "info")
-
-    @property
-    def idle_steps(self) -> list[timedelta]:
-        """The idle times for which servers are counted."""
-        if self.dry_run:
-            return sorted({*map(parse_duration, IDLE_STEPS), self.timeout} - {NEVER})
-        return [self.timeout] if self.json or self.metrics_file else []
-
-    @property
-    def interval(self) -> timedelta:
-        """Time between the starts of two passes."""
-        limit = self.timeout if ZERO < self.timeout < NEVER else self.max_age if ZERO < self.max_age < NEVER else None
-        return self.cull_every or min(max((limit or timedelta(minutes=10)) / 2, timedelta(seconds=1)), LONGEST)
-
-    @cached_property
-    def policies(self) -> Policies:
-        """What is due of which server and user."""
-        servers = Policy(
-            Limit(self.timeout),
-            Limit(self.max_age or NEVER),
-            default_servers=self.cull_default_servers,
-            named_servers=self.cull_named_servers,
-            arbiter=self.arbiter,
-        )
-        users = Policy(
-            Limit(self.timeout if self.user_timeout is None else self.user_timeout),
-            Limit((self.max_age if self.user_max_age is None else self.user_max_age) or NEVER),
-            admins=self.cull_admin_users,
-        )
-        return Policies(self.rule, servers, users)
-
-    @property
-    def rule_scopes(self) -> list[str]:
-        """What rules need to read, beyond what every pass does."""
-        fields = [field.partition(".")[0] for rule in self.rule for field, _ in rule.matches]
-        return [scope_for(field) for field in dict.fromkeys(fields) if field in ("group", "state")]
-
-    @property
-    def tls(self) -> ClientTLS | None:
-        """The client certificates, where the Hub wants some."""
-        by_hub = [os.environ.get(f"JUPYTERHUB_SSL_{name}", "") for name in ("KEYFILE", "CERTFILE", "CLIENT_CA")]
-        if all(by_hub):
-            return ClientTLS(*by_hub)
-        if not self.ssl_enabled:
-            return None
-        of_hub = f"{self.internal_certs_location}/hub-internal/hub-internal"
-        return ClientTLS(f"{of_hub}.key", f"{of_hub}.crt", f"{self.internal_certs_location}/hub-ca/hub-ca.crt")
-
-
-ACTIVITY_INTERVAL = timedelta(minutes=5, seconds=30)  # JupyterHub.last_activity_interval, and some time to do it
-
-
 def run(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
@@ -2593,15 +3171,31 @@ def run(**values: Any) -> Exit:
         raise click.UsageError(
             "--warn-before must be shorter than --timeout and each rule's timeout=, or it would warn of servers in use."
         )
+    if settings.metrics_file:
+        check_metrics_file(settings.metrics_file)
     with stop_signals() as stop:
         culler = Culler(settings, stop)
-        if ZERO < settings.timeout < ACTIVITY_INTERVAL:
-            culler.report.say(
-                "warning",
-                f"--timeout {format_duration(settings.timeout)} may stop servers in use: a Hub refreshes last_activity"
-                " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe",
-            )
+        for warning in warnings_about(settings):
+            culler.log.say("warning", warning)
+        if settings.explain is not None:
+            return culler.explain(settings.explain)
         return culler.run()
+
+
+def warnings_about(settings: Settings) -> Iterator[str]:
+    """What in the settings or the environment is probably not meant so."""
+    if ZERO < settings.timeout < ACTIVITY_INTERVAL:
+        yield (
+            f"--timeout {format_duration(settings.timeout)} may stop servers in use: a Hub refreshes last_activity"
+            " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe"
+        )
+    prefix = "CULL_IDLE_"
+    known = [f"{prefix}{field.name.upper()}" for field in dataclasses.fields(Settings)]
+    own = {f"{prefix}{name}" for name in NOTICE_VARIABLES}  # in the environment of a --notify command
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and not name.endswith("_COMPLETE") and name not in known and name not in own:
+            suggestion = f"; did you mean ${near[0]}?" if (near := similar(name, known)) else ""
+            yield f"${printable(name)} is no option of this program{suggestion}"
 
 
 def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -2611,25 +3205,26 @@ def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -
 
     if not wanted:
         return
-    click.echo(
-        "# Options of cull_idle.py: remove the # in front of a name to set it. The command line and variables win."
-    )
+    click.echo("# Options of cull_idle.py: remove the # before a name to set it. The command line and variables win.")
     for field in dataclasses.fields(Settings):
         attrs = field.metadata
-        if attrs.get("callback") is read_config:
+        if field.name == "config":
             continue
         click.echo("\n" + "\n".join(f"## {line}" for line in textwrap.wrap(attrs["help"], 100)))
-        default = [] if attrs.get("multiple") else attrs.get("default", False if attrs.get("is_flag") is True else None)
+        default = attrs.get("default")
+        if attrs.get("multiple"):
+            default = []
+        elif attrs.get("is_flag"):
+            default = False
         if default is None:
             click.echo(f"## {option_name(field.name)} = …")
         else:
-            click.echo(
-                f"# {option_name(field.name)} = {default if default in ('true', 'false') else json.dumps(default)}"
-            )
+            value = default if default in ("true", "false") else json.dumps(default)
+            click.echo(f"# {option_name(field.name)} = {value}")
     ctx.exit()
 
 
-def make_command() -> click.Command:
+def make_command(program: str = PROGRAM) -> click.Command:
     """The command line, from the fields of Settings."""
     params: list[click.Parameter] = []
     for field in dataclasses.fields(Settings):
@@ -2638,7 +3233,7 @@ def make_command() -> click.Command:
         variables = [f"CULL_IDLE_{field.name.upper()}", *attrs.pop("envvar", [])]
         params.append(GroupedOption(names, envvar=variables, **attrs))
     command = GroupedCommand(
-        PROGRAM,
+        program,
         params=params,
         callback=run,
         help="Stop the idle servers of a JupyterHub: once, or in a loop."
@@ -2659,10 +3254,10 @@ def make_command() -> click.Command:
         callback=generate_config,
         help="Print such a file with every option, its default and its help, commented out, and exit.",
     )
-    return click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(generate(command))
+    return click.version_option(__version__, prog_name=program, message="%(prog)s %(version)s")(generate(command))
 
 
-def blame_source(error: click.ClickException) -> None:
+def name_source(error: click.ClickException) -> None:
     """Let the sentence name the environment variable or the file that a bad value came from."""
     if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
         source = error.ctx.get_parameter_source(error.param.name)
@@ -2672,32 +3267,34 @@ def blame_source(error: click.ClickException) -> None:
             error.param_hint = f"{option_name(error.param.name)} in {error.ctx.params.get('config')}"
 
 
-def nowhere() -> TextIO:
-    """A stream for what nobody reads."""
+def open_null() -> TextIO:
+    """A stream for what nobody can read."""
     return open(os.devnull, "w")
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    gc.set_threshold(10_000)  # imports and pages make many objects, and hardly any cycles
-    atexit.register(gc.freeze)  # nor does Python have to look for these before it ends
-    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None where the caller has closed it
+    program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
+    sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
             raise UsageError("click is too old here and would misread options: pip install --upgrade click")
-        return int(make_command().main(args, PROGRAM, standalone_mode=False))
+        return int(make_command(program).main(args, program, standalone_mode=False))
     except click.ClickException as error:
-        blame_source(error)
+        name_source(error)
         sentence, exit_code = error.format_message(), Exit.USAGE
+    except (click.Abort, KeyboardInterrupt):
+        sentence, exit_code = "interrupted", Exit.UNDONE
     except CullError as error:
         sentence, exit_code = str(error), error.exit_code
-    except ModuleNotFoundError as error:
-        sentence, exit_code = f"the Python module {error.name} is missing (README: install)", Exit.USAGE
-    except OSError as error:  # all others are met where they happen; click ends the program if it is a closed pipe
-        sys.stdout = nowhere()  # or Python would try again
+    except OSError as error:  # all others are handled where they happen; click ends the program if it is a closed pipe
+        sys.stdout = open_null()  # or Python would try to write again at its end
         sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE
-    click.echo(f"{'<3>' * goes_to_journal()}{PROGRAM}: {sentence}", err=True)
+    try:
+        click.echo(f"{'<3>' if goes_to_journal() else ''}{program}: {sentence}", err=True)
+    except OSError:
+        sys.stderr = open_null()
     return exit_code
 
 

@@ -1,29 +1,89 @@
-"""What all tests share: the program, run in this process, one real Hub, and a scripted one for each test."""
+"""What all tests share: the program, run in this process; one real Hub; a scripted Hub for each test."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
 from hub import RealHub
-from scripted_hub import ScriptedHub
+from processes import Running, Start
+from scripted_hub import DROP, ScriptedHub
+from settings import SettingsOf
 
 import cull_idle
 
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE)
+# The log's formats, read in this one place. Other tests compare names, outcomes and numbers.
+OUTCOME = re.compile(r"([A-Z]+) +(culled|deleted|stopping|gone|spared|failed|warned|kept) (\D[^:]*): (.*)")
+DOUBTS = re.compile(r"WARNING +kept (\d+) .*?: (.*)")
+COUNT = re.compile(r"(\d+) ([a-z]+(?: [a-z]+)?)(?=,| in )")
+
+
+class Said(NamedTuple):
+    """One line of the log about a server or a user."""
+
+    level: str
+    outcome: str
+    reason: str
+
+
+class Doubts(NamedTuple):
+    """The line of the log about what is kept in doubt."""
+
+    number: int
+    first: str  # "NAME: why"
 
 
 class Result(NamedTuple):
-    """What a run of the program came to."""
+    """The exit code and the output of one run of the program."""
 
     exit_code: int
     out: str
     err: str
+
+    @property
+    def said(self) -> dict[str, Said]:
+        """The last line about each server (`ann`, `ann/gpu`) and user (`user ann`)."""
+        matches = filter(None, map(OUTCOME.fullmatch, self.lines))
+        return {match[3]: Said(match[1], match[2], match[4]) for match in matches}
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """The outcome of each server and user: {"ann": "culled", "user ann": "deleted"}."""
+        return {name: said.outcome for name, said in self.said.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers in the last line about a pass: {"running": 2, "due": 1, "culled": 1}."""
+        *_, line = [line for line in self.lines if " pass: " in line]
+        return {what: int(count) for count, what in COUNT.findall(line)}
+
+    @property
+    def doubts(self) -> Doubts:
+        """How many are kept in doubt, and the first of them."""
+        found = [Doubts(int(match[1]), match[2]) for match in map(DOUBTS.fullmatch, self.lines) if match]
+        assert len(found) <= 1
+        return found[0] if found else Doubts(0, "")
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines at level ERROR."""
+        return [line for line in self.lines if line.startswith("ERROR ")]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The lines at level WARNING."""
+        return [line for line in self.lines if line.startswith("WARNING ")]
 
     @property
     def lines(self) -> list[str]:
@@ -32,7 +92,7 @@ class Result(NamedTuple):
 
     @property
     def table(self) -> list[str]:
-        """What a dry run shows above the bars."""
+        """The part of a dry run's output above the bars."""
         return self.out.partition("\n\n")[0].splitlines()
 
 
@@ -64,15 +124,82 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
+class Loop(NamedTuple):
+    """What a loop did."""
+
+    exit_code: int
+    passes: list[Result]  # without an exit code of their own
+    pauses: list[float]  # seconds, after each pass
+    end: str  # what stderr got after the last pause
+
+
+class RunLoop(Protocol):
+    """Runs the program as a loop on a Hub, for one pass more than there are `between`."""
+
+    def __call__(
+        self, hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()
+    ) -> Loop: ...
+
+
+@pytest.fixture
+def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunLoop:
+    """Run the program as a loop whose pauses take no time: in each of them, the next of `between` is called.
+
+    In the last pause comes a SIGTERM. No request is tried twice.
+    """
+    wait = threading.Event.wait
+
+    def run(hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
+        steps: Iterator[Callable[[], object]] = iter([*between, partial(signal.raise_signal, signal.SIGTERM)])
+        pauses: list[float] = []
+        said: list[tuple[str, str]] = []
+
+        def next_step(event: threading.Event, timeout: float | None = None) -> bool:
+            of_program = sys._getframe(1).f_globals["__name__"] == cull_idle.__name__
+            if not of_program or threading.current_thread() is not threading.main_thread():
+                return wait(event, timeout)
+            assert timeout is not None
+            pauses.append(timeout)
+            said.append(capsys.readouterr())
+            next(steps)()
+            return event.is_set()
+
+        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Event, "wait", next_step)
+            patch.setattr(cull_idle, "PAUSES", ())
+            end = cull("--url", hub.url, *args, token=token)
+        signal.signal(signal.SIGTERM, handler)
+        return Loop(end.exit_code, [Result(0, *streams) for streams in said], pauses, end.err)
+
+    return run
+
+
+@pytest.fixture
+def tell_to_stop() -> Iterator[Callable[[], None]]:
+    """Send this process a SIGTERM, and wait until the program has taken it. Without the program, it is ignored."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def tell() -> None:
+        main_thread = threading.main_thread().ident
+        assert main_thread
+        signal.pthread_kill(main_thread, signal.SIGTERM)
+        time.sleep(0.1)
+
+    yield tell
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program, where it runs in this process, try again at once."""
+    """The program tries again at once where it runs in this process."""
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(autouse=True)
 def _quiet_log() -> Iterator[None]:
-    """Leave no handler behind that writes to a stream that pytest has closed."""
+    """Remove the log's handler: it writes to a stream that pytest closes."""
     yield
     logging.getLogger("cull_idle").handlers.clear()
 
@@ -86,10 +213,45 @@ def scripted() -> Iterator[ScriptedHub]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[ScriptedHub]:
-    """Another host, which may not be asked anything."""
+    """Another host. The test fails if anything is asked of it."""
     with ScriptedHub() as hub:
         yield hub
     assert hub.requests == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start `cull_idle.py --url HUB ARGS`; it is killed at the end if it still runs."""
+    started: list[Running] = []
+
+    def run(hub: RealHub | ScriptedHub, *args: str) -> Running:
+        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
+        started.append(Running(hub.url, token, *args, log=tmp_path / f"log{len(started)}"))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        assert "Traceback" not in each.said()
+
+
+@pytest.fixture
+def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
+    """Read the arguments and the environment as the program does, but cull nothing."""
+    seen: list[cull_idle.Settings] = []
+
+    def run(culler: cull_idle.Culler) -> int:
+        seen.append(culler.settings)
+        return 0
+
+    monkeypatch.setattr(cull_idle.Culler, "run", run)
+
+    def settings(*args: str, env: Mapping[str, str] | None = None) -> cull_idle.Settings:
+        assert cull(*args, env=env).exit_code == 0
+        return seen.pop()
+
+    return settings
 
 
 @pytest.fixture
@@ -117,7 +279,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put into the report of --junitxml what each test is for."""
+    """Tell the report of --junitxml the behaviour that each test is for."""
     for item in items:
         item.user_properties += [("behaviour", marker.args[0]) for marker in item.iter_markers("behaviour")]
 
@@ -153,6 +315,8 @@ def cull_real(cull: Cull, hub: RealHub) -> Cull:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Ids that are the same in every process, so that several can share the tests."""
+    if val is DROP:
+        return "missing"
     if isinstance(val, set):
         return str(sorted(val)) if val else "nothing"
     return str(val) if isinstance(val, list) and all(isinstance(each, str) for each in val) else None

@@ -24,6 +24,7 @@ from statistics import median
 from typing import NamedTuple
 
 from scripted_hub import (
+    LONG_AGO,
     Reply,
     ScriptedHub,
     done_but_lost,
@@ -43,7 +44,6 @@ sys.path.insert(0, str(ROOT))
 import cull_idle  # noqa: E402
 
 TOKEN = "scripted-token"
-LONG_AGO = 7230.0
 USERS = 60
 ALLOWED_MIB = 2.0
 FAULTS: list[Reply] = [

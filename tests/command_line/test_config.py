@@ -1,16 +1,18 @@
-"""The config file: where it stands among the sources of a value, and what is wrong with it."""
+"""The config file: its place among the sources of a value, and its errors."""
 
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
+import click
 import pytest
 from conftest import Cull
-from test_command_line import settings_of
+from scripted_hub import ScriptedHub
+from settings import SettingsOf
 
-__all__ = ["settings_of"]
+import cull_idle
+from cull_idle import Settings
 
 
 @pytest.fixture
@@ -18,7 +20,9 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "cull.toml"
 
 
-def test_a_config_file_comes_after_the_environment_and_before_the_default(settings_of: Any, config: Path) -> None:
+def test_a_config_file_comes_after_the_environment_and_before_the_default(
+    settings_of: SettingsOf, config: Path
+) -> None:
     config.write_text('timeout = "1h"\nmax_age = 7200\ncull-every = 90\ncull_users = true\nconcurrency = 3\n')
     args = f"--config={config}"
     settings = settings_of(args)
@@ -33,7 +37,7 @@ def test_a_config_file_comes_after_the_environment_and_before_the_default(settin
     assert settings_of(env={"CULL_IDLE_CONFIG": str(config)}).concurrency == 3
 
 
-def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_of: Any, config: Path) -> None:
+def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_of: SettingsOf, config: Path) -> None:
     config.write_text('rule = ["group=gpu timeout=30m", "user=svc-* keep"]\n')
     in_file = settings_of(f"--config={config}")
     in_variable = settings_of(env={"CULL_IDLE_RULE": "group=gpu timeout=30m; user=svc-* keep; "})
@@ -48,22 +52,25 @@ def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("timeot = 1", ["'timeot'", "no option"]),
-        ("config = 'x'", ["'config'", "no option"]),
-        ("[timeout]\nx = 1", ["timeout must be one value"]),
-        ("timeout = [1, 2]", ["timeout must be one value"]),
-        ("timeout = '1x'", ["timeout in ", "'1x' is not a duration"]),
-        ("cull-users = 'maybe'", ["cull-users in ", "'maybe' is not a valid boolean"]),
-        ("concurrency = 0", ["concurrency in ", "0 is not in the range"]),
-        ("rule = ['user=x']", ["rule in ", "needs timeout="]),
-        ("timeout = ", ["is not TOML"]),
-        ("c.IdleCuller.timeout = foo()", ["is not TOML"]),
+        ("timeot = 1", ["'timeot'"]),
+        ("config = 'x'", ["'config'"]),
+        ("[timeout]\nx = 1", ["timeout"]),
+        ("timeout = [1, 2]", ["timeout"]),
+        ("timeout = '1x'", ["timeout", "'1x'"]),
+        ("cull-users = 'maybe'", ["cull-users", "'maybe'"]),
+        ("concurrency = 0", ["concurrency", "0"]),
+        ("rule = ['user=x']", ["rule", "user=x"]),
+        ("timeout = ", ["TOML"]),
+        ("c.IdleCuller.timeout = foo()", ["TOML"]),
+        (None, ["No such file or directory"]),
+        (b"\xff\xfe", ["TOML"]),
     ],
 )
-def test_what_is_wrong_in_a_config_file_is_named_with_the_file(
-    cull: Cull, config: Path, text: str, words: list[str]
+def test_an_error_in_a_config_file_names_the_file_and_the_key(
+    cull: Cull, config: Path, text: str | bytes | None, words: list[str]
 ) -> None:
-    config.write_text(text)
+    if text is not None:
+        config.write_bytes(text.encode() if isinstance(text, str) else text)
     result = cull(f"--config={config}")
     assert result.exit_code == 2
     (line,) = result.lines
@@ -71,13 +78,62 @@ def test_what_is_wrong_in_a_config_file_is_named_with_the_file(
         assert word in line
 
 
-def test_a_config_file_that_is_not_there_or_not_text(cull: Cull, config: Path) -> None:
-    assert f"{config} cannot be read: No such file or directory." in cull(f"--config={config}").err
-    config.write_bytes(b"\xff\xfe")
-    assert f"{config} is not TOML" in cull(f"--config={config}").err
+ODD_VALUES = [
+    "2",
+    "-1",
+    "2.5",
+    "nan",
+    "inf",
+    "true",
+    "false",
+    "2026-11-22",
+    "12:00:00",
+    r'"a\u0000b"',
+    "[2]",
+    "[false]",
+]
 
 
-def test_the_generated_file_uncommented_gives_the_defaults_back(cull: Cull, settings_of: Any, config: Path) -> None:
+@pytest.mark.parametrize("name", [field.name.replace("_", "-") for field in fields(Settings)])
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_a_value_of_another_kind_is_taken_as_on_the_command_line_or_refused(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.chdir(config.parent)
+    config.write_text(f"{name} = {value}\n")
+    result = cull_scripted("--config=cull.toml")
+    if result.exit_code == 2 and not scripted.requests:
+        assert len(result.lines) == 1
+        assert name in result.err
+    assert [path.name for path in config.parent.iterdir()] == [config.name]
+
+
+@pytest.mark.parametrize("name", ["token-file", "internal-certs-location", "metrics-file", "config"])
+@pytest.mark.parametrize("value", ["2", "false", "true", "2026-11-22", r'"a\u0000b"'])
+def test_a_path_in_a_config_file_is_a_text_without_nul(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, name: str, value: str
+) -> None:
+    config.write_text(f"{name} = {value}\n")
+    result = cull_scripted(f"--config={config}")
+    assert result.exit_code == 2
+    (line,) = result.lines
+    assert name in line
+    assert scripted.requests == []
+
+
+@pytest.mark.parametrize(("value", "exit_code"), [("true", 0), ("false", 0), ("1", 0), ("0", 0), ("2", 2), ("2.5", 2)])
+def test_a_flag_in_a_config_file_is_a_boolean(
+    cull_scripted: Cull, scripted: ScriptedHub, config: Path, value: str, exit_code: int
+) -> None:
+    config.write_text(f"quiet = {value}\n")
+    result = cull_scripted("--timeout=1h", f"--config={config}")
+    assert result.exit_code == exit_code
+    assert (result.err == "") == (value in ("true", "1"))
+
+
+def test_the_generated_file_without_its_comment_signs_sets_the_defaults(
+    cull: Cull, settings_of: SettingsOf, config: Path
+) -> None:
     result = cull("--generate-config")
     assert (result.exit_code, result.err) == (0, "")
     assert tomllib.loads(result.out) == {}
@@ -86,15 +142,26 @@ def test_the_generated_file_uncommented_gives_the_defaults_back(cull: Cull, sett
     assert replace(settings_of(f"--config={config}"), config=None) == settings_of()
 
 
-def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: Any) -> None:
+def test_a_file_is_generated_whatever_the_other_options_and_nothing_else_is_done(cull: Cull) -> None:
+    result = cull("--timeout=wrong", "--generate-config", env={"CULL_IDLE_MAX_AGE": "wrong"})
+    assert (result.exit_code, result.err) == (0, "")
+    assert result.out == cull("--generate-config").out
+
+
+def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: SettingsOf) -> None:
     out = cull("--generate-config").out
     named = set(re.findall(r"^##? ([\w-]+) = ", out, re.MULTILINE))
     assert named == {name.replace("_", "-") for name in vars(settings_of()) if name != "config"}
-    assert "## Stop servers idle for at least this long; 0 stops every ready server." in out
+    text = out.replace("\n## ", " ")
+    options = [param for param in cull_idle.make_command().params if param.name in vars(settings_of())]
+    assert len(options) == len(named) + 1
+    for option in options:
+        assert isinstance(option, click.Option)
+        assert (option.help or "").split("  [")[0] in text or option.name == "config"
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_settings_in_the_references_long_form_are_taken(settings_of: Any) -> None:
+def test_the_long_names_of_the_reference_are_options_too(settings_of: SettingsOf) -> None:
     settings = settings_of("--IdleCuller.timeout=7200", "--IdleCuller.cull_users=true")
     assert settings.timeout.total_seconds() == 7200
     assert settings.cull_users

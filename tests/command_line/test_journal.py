@@ -1,4 +1,4 @@
-"""Under systemd a log line begins with its priority, which the journal takes off, and has no time, which it has."""
+"""Under systemd, log lines start with their priority and have no timestamp: the journal adds its own."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from typing import Protocol
 
 import pytest
 from conftest import TIMESTAMP, Cull
-from scripted_hub import ScriptedHub, respond, respond_json
-from test_loop import PROGRAM
+from processes import PROGRAM
+from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
 import cull_idle
 
-LONG_AGO = 7230.0
 JOURNAL_STREAM = "{device}:{inode}"
 
 
 class Logged(Protocol):
-    """Runs the program, and returns the lines of its log."""
+    """Runs the program and returns the lines of its log."""
 
     def __call__(self, *args: str, stream: str = JOURNAL_STREAM, token: str | None = None) -> list[str]: ...
 
 
 @pytest.fixture
 def logged(cull_scripted: Cull, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
-    """Run `cull_idle.py --once --url SCRIPTED ARGS` with stderr in a file, of which $JOURNAL_STREAM speaks."""
+    """Run `cull_idle.py --once --url SCRIPTED ARGS` with stderr in a file that $JOURNAL_STREAM names."""
 
     def run(*args: str, stream: str = JOURNAL_STREAM, token: str | None = None) -> list[str]:
         log = tmp_path / "log"
@@ -42,33 +41,34 @@ def logged(cull_scripted: Cull, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def test_a_line_for_the_journal_has_its_priority_and_no_time(scripted: ScriptedHub, logged: Logged) -> None:
+def test_a_line_for_the_journal_has_a_priority_and_no_timestamp(scripted: ScriptedHub, logged: Logged) -> None:
     for name in ("ann", "bob", "cat"):
         scripted.add(name, idle=LONG_AGO)
     scripted.add("dan", idle=90)
     scripted.fault("DELETE", "/users/bob/server", respond(202))
     scripted.fault("DELETE", "/users/cat/server", respond_json(500, {"message": "no\n<7>way"}))
     lines = logged("-v", "--timeout=1h", "--concurrency=1")
-    assert [re.sub(r"\d+\.\ds$|after \d+s$|1m\d\ds", "…", line) for line in sorted(lines)] == [
-        "<3>failed cat: idle 2h, limit 1h; the Hub answered 500 (no <7>way)",
-        "<4>stopping bob: idle 2h, limit 1h; not down …",
-        "<6>culled ann: idle 2h, limit 1h",
-        "<6>pass: 4 running, 3 due, 1 culled, 1 stopping, 1 failed in …",
-        "<7>kept dan: idle …, limit 1h",
+    assert [line.partition(": ")[0] for line in sorted(lines)] == [
+        "<3>failed cat",
+        "<4>stopping bob",
+        "<6>culled ann",
+        "<6>pass",
+        "<7>kept dan",
     ]
+    assert "no <7>way" in min(lines)  # the message of the Hub is one line
 
 
 @pytest.mark.parametrize(
     "arguments", [["--timeout=x"], ["--token-file=/nowhere/token"]], ids=["wrong option", "no token"]
 )
-def test_why_it_does_not_even_start_is_an_error_in_the_journal(logged: Logged, arguments: list[str]) -> None:
+def test_a_usage_error_is_an_error_in_the_journal(logged: Logged, arguments: list[str]) -> None:
     (line,) = logged(*arguments)
     assert line.startswith("<3>cull_idle.py: ")
 
 
-def test_why_a_pass_failed_is_an_error_in_the_journal(logged: Logged) -> None:
+def test_a_failed_pass_is_an_error_in_the_journal(logged: Logged) -> None:
     (line,) = logged(token="another")
-    assert re.match("<3>.* answered 403", line)
+    assert re.match("<3>.* 403", line)
 
 
 @pytest.mark.parametrize(
@@ -76,28 +76,28 @@ def test_why_a_pass_failed_is_an_error_in_the_journal(logged: Logged) -> None:
     ["", ":", "garbage", "1:2:3", "{device}", "{device}:", ":{inode}", "{inode}:{device}", "{device}:0",
      "{device}:{inode}:0", "0:{inode}", "\u0663:\u0663", "-1:-1", "999999999999999999999:1"],
 )  # fmt: skip
-def test_another_stream_or_garbage_leaves_the_lines_as_they_are(logged: Logged, stream: str) -> None:
+def test_another_stream_or_garbage_changes_nothing(logged: Logged, stream: str) -> None:
     (line,) = logged(stream=stream)
     assert TIMESTAMP.match(line)
     assert "INFO     pass: " in line
 
 
-def test_why_it_does_not_start_has_no_priority_elsewhere(logged: Logged) -> None:
+def test_a_usage_error_has_no_priority_elsewhere(logged: Logged) -> None:
     (line,) = logged("--timeout=x", stream="1:1")
     assert line.startswith("cull_idle.py: ")
 
 
-def test_a_stderr_that_is_no_file_is_not_the_journal(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+def test_a_stderr_without_a_file_descriptor_is_not_the_journal(scripted: ScriptedHub, cull_scripted: Cull) -> None:
     assert TIMESTAMP.match(cull_scripted(env={"JOURNAL_STREAM": "1:1"}).err)
 
 
 def test_each_level_has_a_priority() -> None:
-    assert cull_idle.JOURNAL == {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    assert cull_idle.PRIORITIES == {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 
 @pytest.mark.parametrize("journal", ["stderr", "stdout"])
-def test_a_process_of_systemds(scripted: ScriptedHub, journal: str) -> None:
-    """Systemd says which file is the journal; only what goes there is for it. Results are never."""
+def test_only_the_stream_that_systemd_names_is_the_journal(scripted: ScriptedHub, journal: str) -> None:
+    """Results on stdout never get a priority."""
     scripted.add("ann", idle=LONG_AGO)
     pipes = {name: os.pipe() for name in ("stdout", "stderr")}
     status = os.fstat(pipes[journal][1])
@@ -120,7 +120,7 @@ def test_a_process_of_systemds(scripted: ScriptedHub, journal: str) -> None:
     assert all(line.startswith("{") for line in said["stdout"])
     culled, total = said["stderr"]
     if journal == "stderr":
-        assert culled == "<6>culled ann: idle 2h, limit 1h"
-        assert total.startswith("<6>pass: 1 running, 1 due, 1 culled in ")
+        assert culled.startswith("<6>culled ann: ")
+        assert total.startswith("<6>pass: ")
     else:
         assert TIMESTAMP.match(culled)

@@ -12,12 +12,11 @@ from conftest import Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_hub import ScriptedHub
+from scripted_hub import HOUR, ScriptedHub
 from terminal import in_pipe, in_terminal
 
 import cull_idle
 
-HOUR = 3600
 DAY = 24 * HOUR
 LONG = "maximiliane@example.edu"
 CJK = "山田太郎と佐藤花子"
@@ -144,7 +143,7 @@ def test_a_plan_fits_the_terminal(school: RealHub) -> None:
         assert "\n".join(plan.rows) == shown.strip()
 
 
-def test_a_pipe_gets_everything_uncut_and_without_colours(school: RealHub) -> None:
+def test_a_pipe_gets_whole_names_and_no_colours(school: RealHub) -> None:
     env = {"JUPYTERHUB_API_TOKEN": school.user_culler_token, "COLUMNS": "40"}
     out, err = in_pipe(school, "--dry-run", "-v", *ARGUMENTS, env=env)
     assert out.decode().strip() == PLANS[200].strip()
@@ -182,7 +181,7 @@ def test_force_color_turns_colours_on(scripted: ScriptedHub) -> None:
 # What cannot be shown as it is
 
 
-def test_a_terminal_that_knows_only_ascii_gets_a_plan_of_ascii_that_fits(scripted: ScriptedHub) -> None:
+def test_an_ascii_terminal_gets_an_ascii_plan_that_fits(scripted: ScriptedHub) -> None:
     scripted.add(CJK, idle=9 * HOUR + 30)
     scripted.add("ann", idle=2 * HOUR + 30, age=3 * HOUR + 30)
     plan = in_terminal(scripted, 40, "--dry-run", "--timeout=7h30m", env={"PYTHONIOENCODING": "ascii"})
@@ -243,7 +242,7 @@ def width_of(text: str) -> int:
     rows=st.lists(st.tuples(NAMES, DURATIONS, DURATIONS, WOULD_BE, PRINTABLE), min_size=1, max_size=5),
     width=st.integers(40, 250),
 )
-def test_no_line_of_a_table_is_wider_than_the_terminal_and_every_number_is_there(
+def test_a_table_of_any_names_fits_and_has_every_number(
     rows: list[tuple[str, timedelta | None, timedelta | None, str, str]], width: int
 ) -> None:
     shown = [
@@ -266,7 +265,7 @@ def written(duration: timedelta | None) -> str:
 
 
 @given(name=PRINTABLE, width=st.integers(3, 130))
-def test_a_name_is_cut_in_its_middle_and_no_more_than_it_must_be(name: str, width: int) -> None:
+def test_a_long_name_is_cut_in_the_middle_to_fit_exactly(name: str, width: int) -> None:
     cut = cull_idle.cut_middle(name, width)
     if width_of(name) <= width:
         assert cut == name
@@ -331,14 +330,14 @@ def test_the_configured_timeout_is_among_the_bars(
     assert len({len(re.sub(r"(?<=\w)  .*", "", bar)) for bar in bars}) == 1  # all labels end in one column
 
 
-def test_without_a_timeout_the_bars_help_to_find_one(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_without_a_timeout_the_bars_have_no_mark(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     idle_for(scripted, 20 * 60)
     bars = bars_of(cull_scripted("--dry-run", "--timeout=never").out)
     assert len(bars) == len(cull_idle.IDLE_STEPS)
     assert "<-" not in "".join(bars)
 
 
-def test_few_among_many_have_a_bar_all_the_same() -> None:
+def test_the_smallest_count_still_has_a_bar() -> None:
     counts = {timedelta(minutes=10): 99_999, timedelta(hours=1): 1}
     assert list(cull_idle.bars(counts, timedelta(hours=1), 40)) == [
         "idle for at least",

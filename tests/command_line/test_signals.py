@@ -1,47 +1,50 @@
-"""SIGTERM in every phase of a pass: what is in flight finishes, nothing is begun, and the process soon ends."""
+"""SIGTERM in every phase of a pass: requests in flight finish, nothing else starts, and the process ends soon."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import Cull
-from scripted_hub import Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
-from test_loop import Running, Start
-from test_loop import start as start  # noqa: PLC0414 -- a fixture: used by its name
+from conftest import Cull, Result
+from processes import PROGRAM, Running, Start
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 
-LONG_AGO = 7230.0
-IN_FLIGHT = 0.5  # seconds that a slow request still takes once the signal has come
-SOON = 2.0  # seconds, for all else that a process does to end
+IN_FLIGHT = 0.5  # seconds that a slow request takes after the signal
+SOON = 2.0  # seconds for everything else that a process does before it ends
 
 
 class Phase(NamedTuple):
-    """A phase of a pass: the requests, of two workers, that are slow in it, and what has come of it at the end."""
+    """A phase of a pass, which is held up by slow requests of one or both of two workers, and the outcome."""
 
     slow: tuple[str, str]
     workers: int
     stopped: int
     deleted: int
+    undone: int
 
 
 PHASES = [
-    pytest.param(Phase(("GET", "/user"), 1, 0, 0), id="whose token is it"),
-    pytest.param(Phase(("GET", r"/users\?limit=2"), 1, 0, 0), id="first page"),
-    pytest.param(Phase(("GET", r"/users\?limit=2&offset=4"), 1, 0, 0), id="middle page"),
-    pytest.param(Phase(("GET", r"/users\?limit=2&offset=8"), 1, 0, 0), id="last page"),
-    pytest.param(Phase(("GET", "/users/idle.*"), 2, 0, 0), id="second look at servers"),
-    pytest.param(Phase(("DELETE", "/users/idle.*/server"), 2, 2, 0), id="DELETE of servers"),
-    pytest.param(Phase(("GET", "/users/empty.*"), 2, 5, 0), id="second look at users"),
-    pytest.param(Phase(("DELETE", "/users/empty.*"), 2, 5, 2), id="DELETE of users"),
+    pytest.param(Phase(("GET", "/user"), 1, 0, 0, 0), id="whose token is it"),
+    pytest.param(Phase(("GET", r"/users\?limit=2"), 1, 0, 0, 2), id="first page"),
+    pytest.param(Phase(("GET", r"/users\?limit=2&offset=4"), 1, 0, 0, 6), id="middle page"),
+    pytest.param(Phase(("GET", r"/users\?limit=2&offset=8"), 1, 0, 0, 10), id="last page"),
+    pytest.param(Phase(("GET", "/users/idle.*"), 2, 0, 0, 10), id="second look at servers"),
+    pytest.param(Phase(("DELETE", "/users/idle.*/server"), 2, 2, 0, 8), id="DELETE of servers"),
+    pytest.param(Phase(("GET", "/users/empty.*"), 2, 5, 0, 5), id="second look at users"),
+    pytest.param(Phase(("DELETE", "/users/empty.*"), 2, 5, 2, 3), id="DELETE of users"),
 ]
 
 
 class Gate:
-    """Slow replies: they are held until the signal has been sent, and then for IN_FLIGHT."""
+    """Slow replies: they wait for the signal, and then for IN_FLIGHT."""
 
     def __init__(self, scripted: ScriptedHub, method: str, pattern: str) -> None:
         self.waiting = 0
@@ -61,7 +64,7 @@ class Gate:
 
 @pytest.fixture
 def ten_users(scripted: ScriptedHub) -> ScriptedHub:
-    """Five idle servers, whose users were active just now, and five idle users without one; two on a page."""
+    """Five idle servers, whose users were active just now, and five idle users without a server."""
     for index in range(5):
         scripted.add(f"idle{index}", idle=LONG_AGO, user_idle=0)
     for index in range(5):
@@ -81,7 +84,7 @@ def seconds_to_end(culler: Running, number: signal.Signals = signal.SIGTERM) -> 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(("once", "exit_code"), [([], 0), (["--once"], 1)], ids=["loop", "once"])
-def test_what_is_in_flight_finishes_and_nothing_is_begun_after_the_signal(
+def test_requests_in_flight_finish_and_nothing_starts_after_the_signal(
     ten_users: ScriptedHub, start: Start, phase: Phase, once: list[str], exit_code: int
 ) -> None:
     gate = Gate(ten_users, *phase.slow)
@@ -96,9 +99,11 @@ def test_what_is_in_flight_finishes_and_nothing_is_begun_after_the_signal(
     assert ten_users.lines() == before
     assert ten_users.stopped_count == phase.stopped
     assert 10 - len(ten_users.users) == phase.deleted
-    assert culler.said().count("culled idle") == phase.stopped
-    assert culler.said().count("deleted user empty") == phase.deleted
-    assert culler.said().count("ERROR") == len(once)  # says that it was interrupted
+    said = Result(exit_code, "", culler.said())
+    assert [*said.outcomes.values()].count("culled") == phase.stopped
+    assert [*said.outcomes.values()].count("deleted") == phase.deleted
+    assert said.counts.get("left undone", 0) == phase.undone
+    assert len(said.errors) == len(once)  # --once reports the interruption
 
 
 RETRIED = [
@@ -118,7 +123,7 @@ def test_the_pause_before_another_try_ends_with_the_signal(
     culler = start(ten_users, *arguments(workers=1))
     path = pattern.replace("\\", "")
     culler.wait_for(lambda: f"{method} {path}" in ten_users.lines())
-    time.sleep(0.2)  # for the answer to arrive; if it has not, the pause does not begin
+    time.sleep(0.2)  # the pause starts when the answer has arrived
     before = ten_users.lines()
     assert seconds_to_end(culler) < SOON
     assert culler.process.returncode == 0
@@ -137,7 +142,7 @@ def test_the_pause_before_another_try_ends_with_the_signal(
     [("GET", "/user"), ("GET", r"/users\?limit=2"), ("GET", "/users/idle0"), ("DELETE", "/users/idle0/server")],
     ids=["whose token is it", "page", "second look", "DELETE"],
 )
-def test_a_hub_that_falls_silent_delays_the_end_by_one_requests_time_at_most(
+def test_a_silent_hub_delays_the_end_by_one_request_timeout_at_most(
     ten_users: ScriptedHub, start: Start, method: str, pattern: str, silence: Reply
 ) -> None:
     ten_users.fault(method, pattern, silence, times=None)
@@ -152,24 +157,81 @@ def test_a_hub_that_falls_silent_delays_the_end_by_one_requests_time_at_most(
 
 @pytest.mark.parametrize("fault", [normal(), respond(403)], ids=["between two passes", "after a failure"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_the_loops_pause_ends_with_the_signal(
+def test_the_pause_between_passes_ends_with_the_signal(
     scripted: ScriptedHub, start: Start, fault: Reply, number: signal.Signals
 ) -> None:
     scripted.fault("GET", "/users", fault, times=None)
     culler = start(scripted, "--timeout=1h")
-    culler.wait_for(lambda: "next in" in culler.said())
+    culler.wait_for(culler.said)  # the only line, at the end of the pass
     before = scripted.lines()
     assert seconds_to_end(culler, number) < SOON
     assert culler.process.returncode == 0
-    assert culler.said().endswith("told to stop\n")
     assert scripted.lines() == before
+
+
+def test_a_ctrl_c_while_an_arbiter_is_loaded_ends_it(scripted: ScriptedHub, start: Start, tmp_path: Path) -> None:
+    arbiter, loading = tmp_path / "arbiter.py", tmp_path / "loading"
+    arbiter.write_text(f"import pathlib, time\npathlib.Path({str(loading)!r}).touch()\ntime.sleep(20)\n")
+    culler = start(scripted, f"--arbiter={arbiter}:f")
+    culler.wait_for(loading.exists)
+    assert seconds_to_end(culler, signal.SIGINT) < SOON
+    assert culler.process.returncode == 1
+    assert len(culler.said().strip().splitlines()) == 1
+    assert scripted.requests == []
+
+
+# As PID 1, which the kernel spares from each signal that it does not handle: a container without an init
+
+AS_PID_1 = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def can_be_pid_1() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*AS_PID_1, "true"], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_be_pid_1(), reason="no process may become PID 1 here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_pid_1_at_once(scripted: ScriptedHub, number: signal.Signals) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", ".*", hang(), times=None)
+    outer = subprocess.Popen(
+        [*AS_PID_1, sys.executable, PROGRAM, "--url", scripted.url, "--timeout=1h"],
+        env={**os.environ, "JUPYTERHUB_API_TOKEN": scripted.token},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not scripted.lines("DELETE"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (inner,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        os.kill(int(inner), number)
+        time.sleep(0.3)
+        assert outer.poll() is None
+        os.kill(int(inner), number)
+        assert outer.wait(SOON) == 128 + number
+    finally:
+        outer.kill()
+        outer.communicate()
+
+
+def test_a_second_signal_ends_the_process_at_once(scripted: ScriptedHub, start: Start) -> None:
+    scripted.add("ann", idle=LONG_AGO, stop_seconds=9)
+    culler = start(scripted, "--timeout=1h")
+    culler.wait_for(lambda: scripted.in_flight == 1)
+    culler.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert culler.process.poll() is None
+    began = time.monotonic()
+    assert culler.end(signal.SIGTERM) == -signal.SIGTERM
+    assert time.monotonic() - began < SOON
 
 
 # In this process
 
 
 def tell_this_process() -> Reply:
-    """A slow reply, at whose first use the program, which must be ready for that, gets a SIGTERM."""
+    """A slow reply. The first one sends a SIGTERM to this process, in which the program runs."""
     sent = threading.Event()
 
     def reply(exchange: Exchange) -> Answer:
@@ -181,8 +243,8 @@ def tell_this_process() -> Reply:
     return reply
 
 
-@pytest.mark.parametrize("phase", [pytest.param(*phase.values, id=phase.id) for phase in PHASES])
-def test_no_thread_is_left_and_the_signals_do_what_they_did_before(
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_thread_is_left_and_the_signal_handlers_are_restored(
     cull_scripted: Cull, ten_users: ScriptedHub, phase: Phase
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -38,7 +38,13 @@ from typing import Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 PREFIX = "/hub/api"
+HOUR = 3600
+# Idle times in seconds. Half a minute over: messages round down to whole minutes, so a slow test reads the same text.
+LONG_AGO = 2 * HOUR + 30.0
+NEARLY_DUE = 50 * 60 + 30.0  # with a timeout of an hour
 PAGINATION = "application/jupyterhub-pagination+json"
+NO_ACCESS = "No access to resources or resources not found"
+"""What a Hub says of whatever a filtered scope does not cover."""
 DROP = object()
 """In an `extra`: the Hub leaves this key out."""
 FROM_CLOCK = "from the clock"
@@ -166,7 +172,7 @@ def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
         },
         "user_info": None,
     }
-    granted = set(scopes)
+    granted = {scope.partition("!")[0] for scope in scopes}
     seen = {key: value for key, value in model.items() if SEEN_WITH.get(key, granted) & granted}
     return with_extra(seen, user.extra)
 
@@ -274,6 +280,16 @@ def edited(change: Callable[[Any], object], of: Reply = Exchange.normal) -> Repl
     def reply(exchange: Exchange) -> Answer:
         answer = of(exchange)
         return replace(answer, body=json.dumps(change(json.loads(answer.body))).encode())
+
+    return reply
+
+
+def swapped(old: bytes, new: bytes, of: Reply = Exchange.normal) -> Reply:
+    """The answer with other bytes in it: what `json.dumps` cannot write, or only slowly."""
+
+    def reply(exchange: Exchange) -> Answer:
+        answer = of(exchange)
+        return replace(answer, body=answer.body.replace(old, new))
 
     return reply
 
@@ -574,11 +590,11 @@ class ScriptedHub:
             case "GET", "users", name:
                 return self._allowed("read:users:name", "read:servers") or self._get_user(name)
             case "DELETE", "users", name:
-                return self._allowed("delete:users") or self._delete_user(name)
+                return self._may("delete:users", name) or self._delete_user(name)
             case "DELETE", "users", name, "server":
-                return self._allowed("delete:servers") or self._stop(name, "", request.body)
+                return self._may("delete:servers", name) or self._stop(name, "", request.body)
             case "DELETE", "users", name, "servers", server:
-                return self._allowed("delete:servers") or self._stop(name, server, request.body)
+                return self._may("delete:servers", name) or self._stop(name, server, request.body)
             case _:
                 return error(404, "Not Found")
 
@@ -587,10 +603,21 @@ class ScriptedHub:
         return kind.lower() in ("token", "bearer") and token.strip() == self.token
 
     def _allowed(self, *scopes: str) -> Answer | None:
-        if set(scopes) & set(self.scopes):
+        if set(scopes) & {scope.partition("!")[0] for scope in self.scopes}:
             return None
         refused = "Action is not authorized with current scopes; requires any of"
         return error(403, f"{refused} [{', '.join(scopes)}]")
+
+    def _may(self, scope: str, name: str) -> Answer | None:
+        """None if the token may do this to a user: a scope may be filtered, as in `delete:servers!group=students`."""
+        if scope in self.scopes:
+            return None
+        if refused := self._allowed(scope):
+            return refused
+        user = self._find(name)
+        filters = {f"user={name}", *(f"group={group}" for group in (user.groups if user else []))}
+        covered = any(f"{scope}!{each}" in self.scopes for each in filters)
+        return None if covered else error(404, NO_ACCESS)
 
     def _whoami(self) -> Answer:
         whoami = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2"}
@@ -830,12 +857,14 @@ class BulkHub(ScriptedHub):
         stop_seconds: float = 0.0,
         coming_back: int = 0,
         groups: Sequence[str] = (),
+        user_options: Mapping[str, object] | None = None,
         token: str = "scripted-token",
         port: int = 0,
     ) -> None:
         super().__init__(token, port)
         self.scopes = [*LEAST_SCOPES, "admin:users", "delete:users", *(["read:users:groups"] if groups else [])]
         self.groups = groups
+        self.user_options = user_options or ({"profile": "small"} if groups else {})
         self.recording = False
         self.count = count
         self.idle = idle
@@ -872,7 +901,7 @@ class BulkHub(ScriptedHub):
         return (self._yesterday if index in self.due else minute) + rest, self._yesterday + rest
 
     def _make_template(self) -> str:
-        options = {"profile": "small"} if self.groups else {}
+        options = dict(self.user_options)
         server = FakeServer("", last_activity="SEEN", started="STARTED", user_options=options)
         user = FakeUser("NAME", last_activity="SEEN", servers={"": server}, groups=list(self.groups))
         text = json.dumps(user_model(user, self.scopes)).replace("%", "%%")

@@ -10,15 +10,14 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pyte
 import wcwidth
 from hub import RealHub
+from processes import PROGRAM
 from scripted_hub import ScriptedHub
 
-PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 LOGGED_AT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 ROWS = 60  # more than any test needs, so that nothing is scrolled away
 

@@ -1,4 +1,4 @@
-"""The second look, right before each DELETE: whoever changed since the scan is spared."""
+"""The second look, right before each DELETE: a server or user that changed since the scan is spared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from conftest import Cull
 from scripted_hub import (
     FROM_CLOCK,
+    LONG_AGO,
     Answer,
     Exchange,
     FakeServer,
@@ -30,12 +31,12 @@ from scripted_hub import (
     truncated,
 )
 
-LONG_AGO = 7230.0
 Change = Callable[[FakeServer], object]
+SERVER = {"last_activity": None, "started": "2026-11-22T20:00:00Z", "pending": None, "ready": True}
 
 
 def on_look(scripted: ScriptedHub, hook: Callable[[], object]) -> None:
-    """Call `hook` when ann is looked at, before the Hub answers."""
+    """Call `hook` at the second look at ann, before the Hub answers."""
     scripted.fault("GET", "/users/ann", then_do(hook))
 
 
@@ -49,8 +50,22 @@ def test_a_server_that_comes_back_is_spared(cull_scripted: Cull, scripted: Scrip
     result = cull_scripted("--timeout", "1h")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
-    assert any(line.startswith("INFO     spared ann: active again ") for line in result.lines)
-    assert "2 due, 1 culled, 1 spared" in result.lines[-1]
+    assert result.said["ann"][:2] == ("INFO", "spared")
+    assert result.counts == {"running": 2, "due": 2, "culled": 1, "spared": 1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(30, "30s"), (26 * 3600 + 210, "1d02h")], ids=["a moment ago", "a day ago"]
+)
+def test_a_server_that_comes_back_is_said_with_its_idle_time(
+    cull_scripted: Cull, scripted: ScriptedHub, seconds: int, words: str
+) -> None:
+    scripted.now = scripted.now.replace(microsecond=0)
+    server = scripted.add("ann", idle=4 * 86400)
+    on_look(scripted, lambda: setattr(server, "last_activity", scripted.now - timedelta(seconds=seconds)))
+    result = cull_scripted("--timeout", "3d")
+    assert result.outcomes == {"ann": "spared"}
+    assert words in result.said["ann"].reason
 
 
 def test_a_server_that_was_started_anew_is_spared_even_from_max_age(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -60,30 +75,52 @@ def test_a_server_that_was_started_anew_is_spared_even_from_max_age(cull_scripte
     result = cull_scripted("--timeout", "1h", "--max-age", "1h")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
-    assert result.lines[0].startswith("INFO     spared ann: ")
+    assert result.outcomes == {"ann": "spared"}
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("change", "level", "outcome"),
     [
-        pytest.param(lambda server: setattr(server, "pending", "stop"), "WARNING  stopping ann: ", id="stopping"),
-        pytest.param(lambda server: setattr(server, "ready", False), "INFO     gone ann: ", id="stopped"),
-        pytest.param(lambda server: setattr(server, "pending", "spawn"), "INFO     spared ann: ", id="starting"),
-        pytest.param(
-            lambda server: setattr(server, "last_activity", "garbage"), "INFO     spared ann: ", id="garbage time"
-        ),
-        pytest.param(lambda server: server.extra.update(ready=None), "INFO     spared ann: ", id="garbage ready"),
+        pytest.param(lambda server: setattr(server, "pending", "stop"), "WARNING", "stopping", id="stopping"),
+        pytest.param(lambda server: setattr(server, "ready", False), "INFO", "gone", id="stopped"),
+        pytest.param(lambda server: setattr(server, "pending", "spawn"), "INFO", "spared", id="starting"),
+        pytest.param(lambda server: setattr(server, "last_activity", "x"), "INFO", "spared", id="garbage time"),
+        pytest.param(lambda server: server.extra.update(ready=None), "INFO", "spared", id="garbage ready"),
     ],
 )
-def test_a_server_that_is_not_ready_any_more_is_left_alone(
-    cull_scripted: Cull, scripted: ScriptedHub, change: Change, line: str
+def test_a_server_that_is_no_longer_ready_is_left_alone(
+    cull_scripted: Cull, scripted: ScriptedHub, change: Change, level: str, outcome: str
 ) -> None:
     server = scripted.add("ann", idle=LONG_AGO)
     on_look(scripted, lambda: change(server))
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
-    assert any(said.startswith(line) for said in result.lines)
+    assert result.said["ann"][:2] == (level, outcome)
     assert "DELETE /users/ann/server" not in scripted.lines()
+
+
+@pytest.mark.parametrize(
+    ("name", "servers", "outcome"),
+    [
+        pytest.param("gpu", None, "spared", id="named server, servers null"),
+        pytest.param("gpu", [1], "spared", id="named server, servers a list"),
+        pytest.param("gpu", {"": None}, "spared", id="named server, another one null"),
+        pytest.param("gpu", {"": SERVER}, "gone", id="named server, only another one"),
+        pytest.param("gpu", {}, "gone", id="named server, no servers"),
+        pytest.param("", [1], "spared", id="default server, servers a list"),
+        pytest.param("", {"": 5}, "spared", id="default server a number"),
+    ],
+)
+def test_a_server_that_is_not_shown_is_gone_only_if_the_rest_is_understood(
+    cull_scripted: Cull, scripted: ScriptedHub, name: str, servers: object, outcome: str
+) -> None:
+    scripted.add("ann", name, idle=LONG_AGO)
+    full_name = f"ann/{name}" if name else "ann"
+    scripted.fault("GET", "/users/ann", edited(lambda model: {**model, "servers": servers}), times=None)
+    result = cull_scripted("--timeout", "1h", "--cull-users")
+    assert result.outcomes[full_name] == outcome
+    assert [line for line in scripted.lines("DELETE") if "/server" in line] == []
+    assert outcome == "gone" or "ann" in scripted.users
 
 
 def test_a_server_whose_stop_is_under_way_keeps_its_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -96,35 +133,33 @@ def test_a_server_whose_stop_is_under_way_keeps_its_user(cull_scripted: Cull, sc
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert scripted.lines("DELETE") == []
-    assert "INFO     spared user ann: a server is still there" in result.lines
+    assert result.outcomes["user ann"] == "spared"
 
 
 @pytest.mark.parametrize("status", [404, 405])
-def test_where_there_is_no_second_look_the_delete_decides(
-    cull_scripted: Cull, scripted: ScriptedHub, status: int
-) -> None:
+def test_without_a_second_look_the_delete_decides(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.add_user("bob", idle=LONG_AGO)
     scripted.fault("GET", "/users/.*", respond(status), times=None)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert scripted.users == {}
-    assert result.lines[0].startswith("INFO     culled ann: idle 2h, limit 1h")
+    assert result.outcomes == {"ann": "culled", "user ann": "deleted", "user bob": "deleted"}
 
 
-def test_a_user_and_server_that_are_gone_are_no_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_a_server_whose_user_is_gone_is_no_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     on_look(scripted, lambda: scripted.users.pop("ann"))
     result = cull_scripted("--timeout", "1h")
     assert result.exit_code == 0
-    assert result.lines[0].startswith("INFO     gone ann: ")
+    assert result.outcomes == {"ann": "gone"}
 
 
 def renamed(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "name": "ann-marie"}
 
 
-USELESS_LOOKS = [
+FAILED_LOOKS = [
     pytest.param(respond(400), id="400"),
     pytest.param(respond_json(403, {"message": "no"}), id="403"),
     pytest.param(respond_json(500, {"message": "Oops"}), id="500"),
@@ -143,10 +178,8 @@ USELESS_LOOKS = [
 ]
 
 
-@pytest.mark.parametrize("look", USELESS_LOOKS)
-def test_a_second_look_that_shows_nothing_keeps_the_server(
-    cull_scripted: Cull, scripted: ScriptedHub, look: Reply
-) -> None:
+@pytest.mark.parametrize("look", FAILED_LOOKS)
+def test_a_second_look_that_fails_keeps_the_server(cull_scripted: Cull, scripted: ScriptedHub, look: Reply) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.add("bob", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", look, times=None)
@@ -154,20 +187,23 @@ def test_a_second_look_that_shows_nothing_keeps_the_server(
     assert scripted.running() == {"ann"}
     assert "DELETE /users/ann/server" not in scripted.lines()
     assert result.exit_code == 1
-    (failed,) = [line for line in result.lines if line.startswith("ERROR")]
-    assert failed.startswith("ERROR    failed ann: idle 2h, limit 1h; GET /users/ann: ")
+    assert result.said["ann"][:2] == ("ERROR", "failed")
+    (error,) = result.errors
+    assert "idle 2h, limit 1h" in error
+    assert "GET /users/ann" in error
 
 
-@pytest.mark.parametrize("look", USELESS_LOOKS)
-def test_a_second_look_that_shows_nothing_keeps_the_user(
-    cull_scripted: Cull, scripted: ScriptedHub, look: Reply
-) -> None:
+@pytest.mark.parametrize("look", FAILED_LOOKS)
+def test_a_second_look_that_fails_keeps_the_user(cull_scripted: Cull, scripted: ScriptedHub, look: Reply) -> None:
     scripted.add_user("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", look, times=None)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert scripted.lines("DELETE") == []
     assert result.exit_code == 1
-    assert result.lines[0].startswith("ERROR    failed user ann: idle 2h, limit 1h; GET /users/ann: ")
+    assert result.said["user ann"][:2] == ("ERROR", "failed")
+    (error,) = result.errors
+    assert "idle 2h, limit 1h" in error
+    assert "GET /users/ann" in error
 
 
 def test_a_second_look_that_hangs_keeps_the_server(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -178,7 +214,7 @@ def test_a_second_look_that_hangs_keeps_the_server(cull_scripted: Cull, scripted
     assert scripted.lines("DELETE") == []
 
 
-def test_a_second_look_that_shows_nothing_at_first_is_taken_again(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_a_second_look_that_fails_for_a_moment_is_taken_again(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", respond(503), reset(), respond(502))
     assert cull_scripted("--timeout", "1h").exit_code == 0
@@ -205,7 +241,7 @@ def test_a_user_with_a_server_again_is_spared(cull_scripted: Cull, scripted: Scr
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
     assert scripted.lines("DELETE") == []
-    assert result.lines[0] == "INFO     spared user ann: a server is there again"
+    assert result.outcomes == {"user ann": "spared"}
 
 
 def test_a_user_whose_server_comes_back_once_it_was_stopped_is_spared(
@@ -218,7 +254,7 @@ def test_a_user_whose_server_comes_back_once_it_was_stopped_is_spared(
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
-    assert any(line.startswith("INFO     spared user ann: ") for line in result.lines)
+    assert result.said["user ann"][:2] == ("INFO", "spared")
 
 
 def test_a_user_without_servers_that_comes_back_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -227,7 +263,7 @@ def test_a_user_without_servers_that_comes_back_is_spared(cull_scripted: Cull, s
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert scripted.lines("DELETE") == []
-    assert result.lines[0].startswith("INFO     spared user ann: active again ")
+    assert result.outcomes == {"user ann": "spared"}
 
 
 @pytest.mark.parametrize("server", [True, False], ids=["with a server", "without"])
@@ -241,7 +277,7 @@ def test_a_user_who_was_created_anew_is_spared(cull_scripted: Cull, scripted: Sc
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert "DELETE /users/ann" not in scripted.lines()
-    assert any(line.startswith("INFO     spared user ann: ") for line in result.lines)
+    assert result.said["user ann"][:2] == ("INFO", "spared")
 
 
 def test_a_user_is_judged_on_the_look_before_its_servers_were_stopped(
@@ -256,7 +292,7 @@ def test_a_user_is_judged_on_the_look_before_its_servers_were_stopped(
     scripted.add("bob", "gpu", idle=LONG_AGO)
     result = cull_scripted("--timeout", "1h", "--cull-users", "--concurrency", "1")
     assert set(scripted.users) == {"ann"}
-    assert "INFO     deleted user bob: idle 2h, limit 1h" in result.lines
+    assert result.said["user bob"] == ("INFO", "deleted", "idle 2h, limit 1h")
 
 
 def test_a_user_who_was_active_at_the_look_before_its_servers_were_stopped_is_spared(
@@ -267,7 +303,7 @@ def test_a_user_who_was_active_at_the_look_before_its_servers_were_stopped_is_sp
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
-    assert any(line.startswith("INFO     spared user ann: active again ") for line in result.lines)
+    assert result.outcomes == {"ann": "culled", "user ann": "spared"}
 
 
 def test_a_user_who_was_active_after_its_servers_were_stopped_is_spared(
@@ -276,10 +312,11 @@ def test_a_user_who_was_active_after_its_servers_were_stopped_is_spared(
     scripted.add("ann", idle=LONG_AGO)
     later = scripted.now + timedelta(seconds=30)
     log_in = then_do(lambda: setattr(scripted.users["ann"], "last_activity", later))
-    scripted.fault("GET", "/users/ann", normal(), log_in)
+    scripted.fault("GET", "/users/ann", normal(), normal(), log_in)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
-    assert "INFO     spared user ann: active again 0s ago" in result.lines
+    assert result.outcomes["user ann"] == "spared"
+    assert "0s" in result.said["user ann"].reason
 
 
 def test_a_stop_that_takes_long_is_not_taken_for_an_activity_of_its_user(
@@ -291,7 +328,16 @@ def test_a_stop_that_takes_long_is_not_taken_for_an_activity_of_its_user(
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server", "DELETE /users/ann"]
 
 
-def test_a_user_whose_look_before_the_stop_was_denied_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+def test_a_stop_late_in_a_pass_is_not_taken_for_an_activity_of_its_user(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.add("ann", idle=LONG_AGO, stop_seconds=2.5)
+    scripted.add("bob", idle=LONG_AGO)
+    result = cull_scripted("--timeout", "1h", "--cull-users", "--concurrency", "1")
+    assert result.outcomes == {"ann": "culled", "bob": "culled", "user ann": "deleted", "user bob": "deleted"}
+
+
+def test_a_user_whose_look_before_the_stop_was_404_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users/ann", respond(404), normal())
     cull_scripted("--timeout", "1h", "--cull-users")
@@ -308,15 +354,20 @@ def test_a_user_who_was_active_at_the_first_of_several_tries_is_spared(
     assert "DELETE /users/ann" not in scripted.lines()
 
 
-def test_a_user_whose_second_look_is_in_doubt_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+@pytest.mark.parametrize("garbage", [{"last_activity": "garbage"}, {"admin": None}], ids=["activity", "admin"])
+@pytest.mark.parametrize("looks_before", [0, 1])
+def test_a_user_in_doubt_at_any_second_look_is_spared(
+    cull_scripted: Cull, scripted: ScriptedHub, garbage: dict[str, object], looks_before: int
+) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.add_user("bob", idle=LONG_AGO)
-    spoil = edited(lambda model: {**model, "last_activity": "garbage"})
-    scripted.fault("GET", "/users/ann", normal(), spoil)
+    spoil = edited(lambda model: {**model, **garbage})
+    scripted.fault("GET", "/users/ann", *[normal()] * looks_before, spoil)
     scripted.fault("GET", "/users/bob", spoil)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert set(scripted.users) == {"ann", "bob"}
+    assert result.outcomes == {"ann": "culled", "user ann": "spared", "user bob": "spared"}
 
 
 def test_a_user_who_became_an_admin_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -324,7 +375,7 @@ def test_a_user_who_became_an_admin_is_spared(cull_scripted: Cull, scripted: Scr
     on_look(scripted, lambda: setattr(user, "admin", True))
     result = cull_scripted("--timeout", "1h", "--cull-users", "--cull-admin-users=false")
     assert scripted.lines("DELETE") == []
-    assert result.lines[0] == "INFO     spared user ann: admins are not deleted"
+    assert result.outcomes == {"user ann": "spared"}
 
 
 def test_a_user_with_a_server_who_became_an_admin_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -353,7 +404,7 @@ def test_a_user_is_kept_when_any_server_stays(
     assert result.exit_code == exit_code
     assert "DELETE /users/ann/server" in scripted.lines()
     assert "DELETE /users/ann" not in scripted.lines()
-    assert "INFO     spared user ann: a server is still there" in result.lines
+    assert result.outcomes["user ann"] == "spared"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +423,7 @@ def test_a_user_with_a_server_that_is_not_due_is_not_due(
     assert result.exit_code == 0
     assert len(scripted.lines("DELETE")) == 1
     assert "ann" in scripted.users
-    assert "2 running, 1 due, 1 culled" in result.lines[-1]
+    assert result.counts == {"running": 2, "due": 1, "culled": 1}
 
 
 @pytest.mark.parametrize("state", [{"ready": False, "pending": "spawn"}, {"ready": False, "pending": "stop"}])
@@ -384,11 +435,11 @@ def test_a_user_whose_server_is_starting_or_stopping_is_not_due(
     assert scripted.lines("DELETE") == []
 
 
-# What a user did while servers were being stopped
+# Users who log in while their servers are stopped
 
 
 def log_in_later(scripted: ScriptedHub, after: timedelta = timedelta(seconds=5)) -> Reply:
-    """Ann opens the Hub's home page a little later, before the Hub answers."""
+    """The time goes on and ann logs in, before the Hub answers."""
 
     def hook() -> None:
         scripted.now += after
@@ -403,7 +454,7 @@ def test_a_login_that_the_look_at_a_second_server_shows_keeps_the_user(
     scripted.now = scripted.now.replace(microsecond=0)
     scripted.add("ann", idle=LONG_AGO)
     scripted.add("ann", "gpu", idle=LONG_AGO)
-    scripted.fault("GET", "/users/ann", normal(), log_in_later(scripted))
+    scripted.fault("GET", "/users/ann", normal(), normal(), log_in_later(scripted))
     cull_scripted("--timeout=1h", "--cull-users", "--concurrency=1")
     assert "ann" in scripted.users
     assert scripted.running() == set()
@@ -420,9 +471,7 @@ def test_a_login_that_the_look_before_a_second_try_shows_keeps_the_user(
     assert "ann" in scripted.users
 
 
-def test_the_stop_of_a_server_that_answers_with_no_date_or_anothers_hides_no_login(
-    cull_scripted: Cull, scripted: ScriptedHub
-) -> None:
+def test_a_stop_whose_answer_has_no_date_hides_no_login(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.now -= timedelta(hours=1)
     scripted.add("ann", idle=LONG_AGO)
 
@@ -436,14 +485,6 @@ def test_the_stop_of_a_server_that_answers_with_no_date_or_anothers_hides_no_log
         scripted.users["ann"].last_activity = scripted.now
 
     scripted.fault("DELETE", "/users/ann/server", dateless)
-    scripted.fault("GET", "/users/ann", normal(), then_do(log_in))
+    scripted.fault("GET", "/users/ann", normal(), normal(), then_do(log_in))
     cull_scripted("--timeout=1h", "--cull-users")
     assert "ann" in scripted.users
-
-
-def test_a_date_at_the_end_of_time_is_garbage(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.date_header = "Fri, 31 Dec 9999 23:59:59 GMT"
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add("bob", idle=60)
-    assert cull_scripted("--timeout=1h", "--cull-users").exit_code == 0
-    assert scripted.running() == {"bob"}

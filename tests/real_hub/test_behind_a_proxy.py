@@ -21,7 +21,7 @@ from hub import RealHub
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 60}
 IDLE_USER = {**IDLE, "user_idle_seconds": 2 * 3600 + 90}
-# As a proxy passes paths on, once its own prefix is cut off.
+# How a proxy passes a path on, once its own prefix is cut off.
 Rewrite = Callable[[str], str]
 
 
@@ -30,17 +30,17 @@ def unchanged(path: str) -> str:
 
 
 def dots_resolved(path: str) -> str:
-    """As configurable-http-proxy 5.3 does: `%2E` is a dot, and a path of dots leads up or nowhere."""
+    """configurable-http-proxy 5.3: `%2E` is a dot, and a segment of dots leads up or nowhere."""
     return resolved("/".join(unquote(part) if not unquote(part).strip(".") else part for part in path.split("/")))
 
 
 def decoded(path: str) -> str:
-    """As nginx does where its proxy_pass ends in a path: decoded, resolved, and some of it encoded again."""
+    """nginx whose proxy_pass ends in a path: decoded, resolved, and some of it encoded again."""
     return quote(resolved(unquote(path)), safe="/;+&'@[]!$()*,:=~")
 
 
 def decoded_for_good(path: str) -> str:
-    """As nginx does where its proxy_pass ends in $uri."""
+    """nginx whose proxy_pass ends in $uri."""
     return resolved(unquote(path))
 
 
@@ -141,13 +141,13 @@ def proxy(hub: RealHub, certificates: Path) -> Iterator[ReverseProxy]:
 def test_a_hub_whose_base_url_is_not_the_root_is_culled(hub: RealHub, cull: Cull) -> None:
     assert urlsplit(hub.url).path == "/jhub/hub/api"
     result = cull("--once", "--timeout=1h", "--url", hub.url, token=hub.culler_token)
-    assert result.lines[0] == "INFO     culled idle: idle 2h01m, limit 1h"
+    assert result.outcomes == {"idle": "culled"}
     assert (result.exit_code, hub.running()) == (0, {"busy"})
 
 
 def test_without_its_base_url_the_hub_is_not_found(hub: RealHub, cull: Cull) -> None:
     result = cull("--once", "--timeout=1h", "--url", hub.url.replace("/jhub", ""), token=hub.culler_token)
-    assert_one_sentence(result, "--url must lead to a JupyterHub API")
+    assert_one_sentence(result, "--url")
     assert hub.running() == {"idle", "busy"}
 
 
@@ -155,21 +155,18 @@ def test_a_hub_behind_a_proxy_with_a_private_ca_is_culled(hub: RealHub, proxy: R
     assert urlsplit(proxy.url).path == "/outside/jhub/hub/api"
     flags = ("--once", "--timeout=1h", "--cull-users", "--url", proxy.url)
     result = cull(*flags, token=hub.user_culler_token, env=proxy.trusted)
-    assert result.lines[:2] == [
-        "INFO     culled idle: idle 2h01m, limit 1h",
-        "INFO     deleted user idle: idle 2h01m, limit 1h",
-    ]
+    assert result.outcomes == {"idle": "culled", "user idle": "deleted"}
     assert (result.exit_code, hub.running(), hub.users()) == (0, {"busy"}, {"busy"})
 
 
-def test_a_private_ca_is_not_trusted_unless_told(hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
+def test_a_private_ca_is_not_trusted_by_default(hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
     result = cull("--once", "--timeout=1h", "--url", proxy.url, token=hub.culler_token)
     assert_one_sentence(result, "certificate verify failed")
-    assert "another CA $REQUESTS_CA_BUNDLE" in result.lines[0]
+    assert "$REQUESTS_CA_BUNDLE" in result.lines[0]
     assert hub.running() == {"idle", "busy"}
 
 
-def test_all_pages_are_read_though_the_next_one_is_said_to_be_elsewhere(
+def test_all_pages_are_read_though_the_hub_says_that_the_next_one_is_on_another_host(
     hub: RealHub, proxy: ReverseProxy, cull: Cull
 ) -> None:
     hub.spawn_many([(f"idle{number}", "", IDLE) for number in range(5)])
@@ -182,11 +179,11 @@ def test_all_pages_are_read_though_the_next_one_is_said_to_be_elsewhere(
     assert first["_pagination"]["next"]["url"].startswith("http://hub.invalid/jhub/hub/api/users?")
     flags = ("--once", "--timeout=1h", "--api-page-size=2", "--url", proxy.url)
     result = cull(*flags, token=hub.culler_token, env=proxy.trusted)
-    assert "7 running, 6 due, 6 culled" in result.lines[-1]
+    assert result.counts == {"running": 7, "due": 6, "culled": 6}
     assert (result.exit_code, hub.running()) == (0, {"busy"})
 
 
-# What is told from other names only by characters that a proxy may decode; of servers, as an older Hub took them.
+# Names that differ from others only by characters that a proxy may decode. Older Hubs took those of servers.
 ODD_USERS = ["ann?x", "bob#1", "carol%2fdave", "dave smith", "\u00fcn\u00ef", "100%"]
 ODD_SERVERS = [".", "..", "gpu?x", "gpu#x", "%2E", "a/b", "x/../gpu", "../../ann/server", "../ann", "g%70u", "..."]
 BUSY_SERVERS = {"ann", "bob", "bob/gpu", "bob/a", "busy"}
@@ -222,7 +219,7 @@ def test_odd_names_are_culled_through_a_proxy(odd_hub: RealHub, proxy: ReversePr
     ],
     ids=["dots resolved", "decoded", "decoded for good"],
 )
-def test_a_proxy_that_rewrites_paths_leads_to_nobody_else(
+def test_behind_a_proxy_that_rewrites_paths_nobody_else_is_culled(
     odd_hub: RealHub, certificates: Path, cull: Cull, rewrite: Rewrite, code: str, kept: set[str]
 ) -> None:
     with ReverseProxy(odd_hub, certificates, rewrite) as proxy:
@@ -234,8 +231,8 @@ def test_a_proxy_that_rewrites_paths_leads_to_nobody_else(
         f"bob/{name}" for name in kept
     }
     assert result.exit_code == 1
-    assert f"a proxy on the way to {proxy.url} rewrites {code} in paths" in result.err
-    assert " gone " not in result.err  # nobody is, though the Hub knows no user called ann/server
+    assert any("proxy" in error and proxy.url in error and code in error for error in result.errors)
+    assert "gone" not in result.outcomes.values()  # nobody is, though the Hub knows no user called ann/server
 
 
 def assert_one_sentence(result: Result, part: str) -> None:

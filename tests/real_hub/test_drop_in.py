@@ -1,4 +1,4 @@
-"""A command line of jupyterhub-idle-culler's leaves the same servers and users behind here."""
+"""Each command line of jupyterhub-idle-culler leaves the same servers and users behind here."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ COMMAND_LINES = [
 ]
 
 
-# The exceptions, with what only cull_idle.py keeps. The reference takes --max-age for an order to cull also what the
-# other options say is not culled: admins, and named or default servers.
+# The exceptions, with the users and servers that only cull_idle.py keeps. With --max-age, the reference also culls what
+# other options exempt: admins, and named or default servers.
 WHERE_THE_REFERENCE_IS_WRONG: list[tuple[str, set[str], set[str]]] = [
     (f"{Z2JH} --cull-users --cull-admin-users=false --max-age=86400", {"admin-old", "boss"}, set()),
     (f"{TLJH} --max-age=86400 --cull-named-servers=false", set(), {"eve/gpu is ready"}),
@@ -93,7 +93,7 @@ WHERE_THE_REFERENCE_IS_WRONG: list[tuple[str, set[str], set[str]]] = [
 
 
 class Left(NamedTuple):
-    """What a pass left on a Hub."""
+    """The users and servers on a Hub after a pass."""
 
     users: set[str]
     servers: set[str]  # full names, with what the Hub says of each
@@ -113,7 +113,7 @@ def left(hub: RealHub) -> Left:
 
 
 def bring_back(hub: RealHub) -> None:
-    """Start and add what is not there (any more)."""
+    """Add the users and start the servers that are not there."""
     there = {(user["name"], server) for user in hub.models("users") for server in user["servers"]}
     for name in USERS.keys() - hub.users():
         hub.add_user(name, **USERS[name])
@@ -192,7 +192,7 @@ def as_2_0_0_takes_it(word: str) -> str:
 
 
 @pytest.mark.parametrize("command_line", COMMAND_LINES)
-def test_the_same_command_line_leaves_the_same(hubs: Hubs, cull_both: CullBoth, command_line: str) -> None:
+def test_a_command_line_leaves_the_same_servers_and_users(hubs: Hubs, cull_both: CullBoth, command_line: str) -> None:
     before = left(hubs.ours)
     theirs, ours = cull_both(command_line)
     assert ours == theirs
@@ -200,7 +200,7 @@ def test_the_same_command_line_leaves_the_same(hubs: Hubs, cull_both: CullBoth, 
 
 
 @pytest.mark.parametrize(("command_line", "users", "servers"), WHERE_THE_REFERENCE_IS_WRONG)
-def test_what_is_not_to_be_culled_is_not_culled_for_its_age(
+def test_max_age_does_not_cull_what_other_options_exempt(
     cull_both: CullBoth, command_line: str, users: set[str], servers: set[str]
 ) -> None:
     theirs, ours = cull_both(command_line)

@@ -1,4 +1,4 @@
-"""The main job, on a real JupyterHub: the current one, or any since 0.6 that tests/by_hand/matrix.py chooses.
+"""The main job on a real JupyterHub: the current one, or any since 0.6 that tests/by_hand/matrix.py chooses.
 
 `behaviour` is a column of its table; a Hub without what a test `needs` gets a dash there.
 """
@@ -14,7 +14,7 @@ from conftest import Cull
 from hub import RealHub, full_name, servers_of
 
 HOUR = 3600
-# Half a minute over: what is written, whole minutes and rounded down, does not depend on how long a test takes.
+# Half a minute over: times are written in whole minutes, and a test may take some seconds.
 IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 90, "age_seconds": 20 * HOUR + 90}
 OWN_TIMES = "a server's own times"
@@ -27,8 +27,8 @@ def test_the_idle_server_is_stopped_and_the_busy_one_is_not(hub: RealHub, cull_r
     result = cull_real("--timeout=1h")
     assert hub.running() == {"bob"}
     assert result.exit_code == 0
-    assert result.lines[0] == "INFO     culled ann: idle 2h01m, limit 1h"
-    assert re.fullmatch(r"INFO     pass: 2 running, 1 due, 1 culled in \d\.\ds", result.lines[1])
+    assert result.said == {"ann": ("INFO", "culled", "idle 2h01m, limit 1h")}
+    assert result.counts == {"running": 2, "due": 1, "culled": 1}
     assert result.out == ""
 
 
@@ -37,7 +37,7 @@ def test_nothing_due_is_fine(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn("bob", **BUSY)
     result = cull_real("--timeout=1h")
     assert (result.exit_code, hub.running()) == (0, {"bob"})
-    assert re.fullmatch(r"INFO     pass: 1 running, 0 due in \d\.\ds", result.lines[0])
+    assert result.counts == {"running": 1, "due": 0}
 
 
 @pytest.mark.behaviour("idle stopped, busy kept")
@@ -48,7 +48,7 @@ def test_a_timeout_of_0_stops_every_ready_server(hub: RealHub, cull_real: Cull) 
 
 
 @pytest.mark.behaviour("starting kept")
-def test_a_server_that_starts_is_left_alone(hub: RealHub, cull_real: Cull) -> None:
+def test_a_server_that_is_starting_is_left_alone(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn("ann", wait=False, start_seconds=60, **IDLE)
     assert cull_real("--timeout=0").exit_code == 0
     server = hub.server("ann")
@@ -58,7 +58,7 @@ def test_a_server_that_starts_is_left_alone(hub: RealHub, cull_real: Cull) -> No
 
 @pytest.mark.behaviour("starting kept")
 @pytest.mark.parametrize("server", ["", pytest.param("gpu", marks=pytest.mark.needs("sight of pending named servers"))])
-def test_a_user_whose_server_starts_is_not_deleted(hub: RealHub, cull_real: Cull, server: str) -> None:
+def test_a_user_whose_server_is_starting_is_not_deleted(hub: RealHub, cull_real: Cull, server: str) -> None:
     hub.spawn("ann", server, wait=False, start_seconds=60, **IDLE_USER)
     assert cull_real("--timeout=1h", "--cull-users", token=hub.user_culler_token).exit_code == 0
     assert hub.users() == {"ann"}
@@ -70,7 +70,7 @@ def test_an_old_server_is_stopped_though_it_is_active(hub: RealHub, cull_real: C
     hub.spawn_many([("ann", "", BUSY), ("bob", "", {"idle_seconds": 60})])
     result = cull_real("--timeout=1h", "--max-age=8h")
     assert hub.running() == {"bob"}
-    assert "culled ann: age 20h01m, limit 8h" in result.err
+    assert result.said == {"ann": ("INFO", "culled", "age 20h01m, limit 8h")}
 
 
 @pytest.mark.behaviour("named servers")
@@ -96,13 +96,14 @@ def test_default_and_named_servers_can_be_left_alone(
 @pytest.mark.behaviour("--remove-named-servers")
 @pytest.mark.needs("removal of named servers")
 @pytest.mark.parametrize(("flags", "left"), [([], ["gpu"]), (["--remove-named-servers"], [])])
-def test_a_named_server_is_removed_only_where_that_is_asked_for(
+def test_a_named_server_is_removed_only_with_remove_named_servers(
     hub: RealHub, cull_real: Cull, flags: list[str], left: list[str]
 ) -> None:
     hub.spawn_many([("ann", "", IDLE), ("ann", "gpu", IDLE)])
     result = cull_real("--timeout=1h", *flags)
     assert hub.named_servers("ann") == left
-    assert ("culled ann/gpu: idle 2h01m, limit 1h; removed" in result.lines[0] + result.lines[1]) == bool(flags)
+    assert result.outcomes == {"ann": "culled", "ann/gpu": "culled"}
+    assert ("removed" in result.said["ann/gpu"].reason) == bool(flags)
 
 
 @pytest.mark.behaviour("slow stop")
@@ -110,9 +111,9 @@ def test_a_server_that_is_slow_to_stop_is_reported_and_no_failure(hub: RealHub, 
     hub.spawn("cat", stop_seconds=30, **IDLE)
     result = cull_real("--timeout=1h")
     assert result.exit_code == 0
-    assert result.lines[0] == "WARNING  stopping cat: idle 2h01m, limit 1h; not down after 1s"
-    again = cull_real("--timeout=1h")
-    assert re.fullmatch(r"INFO     pass: 0 running, 0 due in \d\.\ds", again.lines[0])
+    assert result.said["cat"][:2] == ("WARNING", "stopping")
+    assert "1s" in result.said["cat"].reason
+    assert cull_real("--timeout=1h").counts == {"running": 0, "due": 0}
 
 
 @pytest.mark.behaviour("messages")
@@ -128,7 +129,7 @@ def test_quiet_says_what_failed(hub: RealHub, cull_real: Cull) -> None:
     result = cull_real("-q", token="wrong")
     assert result.exit_code == 3
     assert len(result.lines) == 1
-    assert " answered 403 (" in result.lines[0]
+    assert "403" in result.lines[0]
 
 
 ODD_NAMES = ["alice?x", "bob#1", "carol%2fdave", "dave smith", "ünï", "a+b", "eve@x.org"]
@@ -156,8 +157,8 @@ def test_users_are_deleted_once_their_server_is_stopped(hub: RealHub, cull_real:
     assert result.exit_code == 0
     assert hub.running() == {full_name("bob", server)}
     assert hub.users() == {"bob", "slow", "new"}
-    assert "spared user slow: a server is still there" in result.err
-    assert "deleted user ann: idle 2h01m, limit 1h" in result.err
+    assert result.outcomes["user slow"] == "spared"
+    assert result.said["user ann"] == ("INFO", "deleted", "idle 2h01m, limit 1h")
 
 
 @pytest.mark.behaviour("--cull-users")
@@ -182,7 +183,7 @@ def test_users_are_deleted_only_when_none_of_their_servers_is_left(hub: RealHub,
 
 
 @pytest.mark.behaviour("--cull-users")
-def test_users_stay_where_nobody_asks_to_delete_them(hub: RealHub, cull_real: Cull) -> None:
+def test_users_are_not_deleted_without_cull_users(hub: RealHub, cull_real: Cull) -> None:
     hub.add_user("long-gone", idle_seconds=9 * HOUR, age_seconds=9 * HOUR)
     assert cull_real("--timeout=1h", token=hub.user_culler_token).exit_code == 0
     assert hub.users() == {"long-gone"}
@@ -207,7 +208,7 @@ def test_60_slow_servers_are_stopped_10_at_a_time_and_the_busy_ones_stay(hub: Re
         result = cull_real("--timeout=1h", "--concurrency=10")
     assert hub.running() == busy
     assert result.exit_code == 0
-    assert "pass: 65 running, 60 due, 60 culled in " in result.lines[-1]
+    assert result.counts == {"running": 65, "due": 60, "culled": 60}
     stopped = re.findall(r"DELETE /hub/api/users/(idle\d+)/server", hub.log())
     assert sorted(stopped) == sorted(idle)
     assert 8 <= max(counts) <= 10
@@ -242,23 +243,23 @@ def test_a_dry_run_shows_what_would_be_stopped_the_longest_idle_first(hub: RealH
     hub.spawn_many([("ann", "gpu", IDLE), ("bob", "", BUSY), ("cat", "", {"idle_seconds": 4 * HOUR + 90})])
     result = cull_real("--dry-run", "--timeout=1h")
     assert result.exit_code == 0
-    assert result.table == [
-        "SERVER   IDLE   AGE    WOULD BE",
-        "cat      4h01m  4h01m  stopped: idle 4h01m, limit 1h",
-        "ann/gpu  2h01m  2h01m  stopped: idle 2h01m, limit 1h",
-        "2 of 3 running servers would be stopped.",
+    _, *rows, total = map(str.split, result.table)
+    assert [row[:4] for row in rows] == [
+        ["cat", "4h01m", "4h01m", "stopped:"],
+        ["ann/gpu", "2h01m", "2h01m", "stopped:"],
     ]
+    assert total[:3] == ["2", "of", "3"]
     assert result.err == ""
     assert hub.running() == {"ann/gpu", "bob", "cat"}
 
 
 @pytest.mark.behaviour("--dry-run")
-def test_a_dry_run_that_says_more_shows_the_kept_servers_too(hub: RealHub, cull_real: Cull) -> None:
+def test_a_verbose_dry_run_shows_the_kept_servers_too(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn_many([("ann", "", IDLE), ("bob", "", BUSY)])
     result = cull_real("--dry-run", "--timeout=1h", "-v")
     bob_age, ann_age = ("-", "-") if hub.lacks(OWN_TIMES) else ("20h01m", "2h01m")
-    assert re.search(rf"^ann +2h01m +{ann_age} +stopped: idle 2h01m, limit 1h$", result.out, re.MULTILINE)
-    assert re.search(rf"^bob +1m\d\ds +{bob_age} +kept: idle 1m\d\ds, limit 1h$", result.out, re.MULTILINE)
+    assert re.search(rf"^ann +2h01m +{ann_age} +stopped: ", result.out, re.MULTILINE)
+    assert re.search(rf"^bob +1m\d\ds +{bob_age} +kept: ", result.out, re.MULTILINE)
     assert hub.running() == {"ann", "bob"}
 
 
@@ -270,24 +271,25 @@ def test_a_dry_run_shows_the_users_who_would_be_deleted(hub: RealHub, cull_real:
     result = cull_real(
         "--dry-run", "--timeout=1h", "--cull-users", "--remove-named-servers", token=hub.user_culler_token
     )
-    assert result.table == [
-        "SERVER    IDLE   AGE    WOULD BE",
-        "user bob  3h01m  9h01m  deleted: idle 3h01m, limit 1h",
-        "ann/gpu   2h01m  2h01m  removed: idle 2h01m, limit 1h",
-        "user ann  2h01m  9h01m  deleted: idle 2h01m, limit 1h",
-        "1 of 1 running servers would be stopped, 2 users deleted.",
+    _, *rows, total = (re.split("  +", line) for line in result.table)
+    assert [[*row[:3], row[3].partition(":")[0]] for row in rows] == [
+        ["user bob", "3h01m", "9h01m", "deleted"],
+        ["ann/gpu", "2h01m", "2h01m", "removed"],
+        ["user ann", "2h01m", "9h01m", "deleted"],
     ]
+    assert re.findall(r"\d+", total[0]) == ["1", "1", "2"]
     assert hub.users() == {"ann", "bob"}
 
 
 @pytest.mark.behaviour("--dry-run")
 def test_a_dry_run_of_nothing_says_so_in_a_line(hub: RealHub, cull_real: Cull) -> None:
-    assert cull_real("--dry-run").out == "0 of 0 running servers would be stopped.\n"
+    (line,) = cull_real("--dry-run").out.splitlines()
+    assert line.startswith("0 of 0 ")
 
 
 @pytest.mark.behaviour("pages")
 @pytest.mark.needs("pages")
-def test_more_pages_than_one_are_read(hub: RealHub, cull_real: Cull) -> None:
+def test_all_pages_are_read(hub: RealHub, cull_real: Cull) -> None:
     names = {f"user{n}" for n in range(7)}
     hub.spawn_many([(name, "", IDLE) for name in names])
     hub.spawn("user3", "gpu", **BUSY)
@@ -300,23 +302,25 @@ def test_more_pages_than_one_are_read(hub: RealHub, cull_real: Cull) -> None:
 @pytest.mark.parametrize(
     ("scopes", "flags", "missing"),
     [
-        (["list:users", "read:servers"], [], "lacks delete:servers;"),
-        (["read:servers", "delete:servers"], [], "lacks list:users;"),
-        (["list:users", "delete:servers"], [], "lacks read:servers;"),
-        (["read:users:name"], [], "lacks list:users and read:servers and delete:servers;"),
-        (["list:users", "read:servers", "delete:servers"], ["--cull-users"], "lacks admin:users;"),
+        (["list:users", "read:servers"], [], {"delete:servers"}),
+        (["read:servers", "delete:servers"], [], {"list:users"}),
+        (["list:users", "delete:servers"], [], {"read:servers"}),
+        (["read:users:name"], [], {"list:users", "read:servers", "delete:servers"}),
+        (["list:users", "read:servers", "delete:servers"], ["--cull-users"], {"admin:users"}),
     ],
 )
 def test_a_missing_scope_is_named_with_the_role_that_grants_it(
-    hub: RealHub, cull_real: Cull, scopes: list[str], flags: list[str], missing: str
+    hub: RealHub, cull_real: Cull, scopes: list[str], flags: list[str], missing: set[str]
 ) -> None:
     hub.spawn("ann", **IDLE)
     result = cull_real("--timeout=1h", *flags, token=hub.token_with(*scopes))
     assert result.exit_code == 3
     (line,) = result.lines
-    assert f"ERROR    the token of service admin {missing}" in line
-    (role,) = re.findall(r"c\.JupyterHub\.load_roles\.append\((.*)\)$", line)
-    assert set(json.loads(role)["scopes"]) > set(missing.removeprefix("lacks ").rstrip(";").split(" and "))
+    sentence, _, role = line.partition("c.JupyterHub.load_roles.append")
+    assert sentence.startswith("ERROR ")
+    assert "service admin" in sentence
+    assert set(re.findall(r"[a-z]+:[a-z:]+\b", sentence)) - {"jupyterhub_config.py:"} == missing
+    assert set(json.loads(role.removeprefix("(").removesuffix(")"))["scopes"]) > missing
     assert hub.running() == {"ann"}
 
 
@@ -343,7 +347,9 @@ def test_a_user_whose_servers_the_token_may_not_see_is_never_deleted(hub: RealHu
     result = cull_real("--timeout=1h", "--cull-users", token=token)
     assert result.exit_code == 0
     assert hub.running() == {"ann"}
-    assert "kept 1 in doubt; the first: ann: its servers are not shown" in result.lines[0]
+    assert result.doubts.number == 1
+    assert result.doubts.first.startswith("ann: ")
+    assert "read:servers" in result.doubts.first
 
 
 @pytest.mark.behaviour("second look")
@@ -352,8 +358,8 @@ def test_a_server_that_becomes_active_during_the_pass_is_spared(hub: RealHub, cu
     with OtherBecomesActive(hub) as other:
         result = cull_real("--timeout=1h", "--concurrency=1")
     assert hub.running() == {other[0]}
-    assert re.search(rf"INFO     spared {other[0]}: active again \ds ago", "\n".join(result.lines))
-    assert "1 culled, 1 spared" in result.lines[-1]
+    assert result.outcomes[other[0]] == "spared"
+    assert (result.counts["culled"], result.counts["spared"]) == (1, 1)
 
 
 class OtherBecomesActive:
@@ -388,4 +394,5 @@ def test_a_url_without_the_api_gets_a_sentence(hub: RealHub, cull_real: Cull, pa
     result = cull_real("--url", hub.url.removesuffix("/hub/api") + path)
     assert result.exit_code == 3
     (line,) = result.lines
-    assert line.endswith("--url must lead to a JupyterHub API, and usually ends in /hub/api")
+    assert "--url" in line
+    assert "/hub/api" in line

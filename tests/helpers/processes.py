@@ -1,0 +1,45 @@
+"""The program as a process of its own: for signals, loops, pipes and terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
+
+
+class Running:
+    """A cull_idle.py that runs, and what it has logged so far."""
+
+    def __init__(self, url: str, token: str, *args: str, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, "--url", url, *args],
+                env={**os.environ, "JUPYTERHUB_API_TOKEN": token},
+                stdout=output,
+                stderr=output,
+            )
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, self.said()
+            assert self.process.poll() is None, self.said()
+            time.sleep(0.02)
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(15)
+
+
+Start = Callable[..., Running]
+"""Starts the program with a Hub and arguments."""
