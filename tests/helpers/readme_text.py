@@ -34,6 +34,11 @@ def section(heading: str) -> str:
     return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
+def prose(heading: str) -> str:
+    """The same, wherever its lines are broken."""
+    return " ".join(section(heading).split())
+
+
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table under a heading, without its first two rows."""
     lines = [line for line in section(heading).splitlines() if line.startswith("|")]

@@ -1,12 +1,10 @@
-"""What the README says of running it, and the files of deploy that it names, are run or checked.
+"""What the README says of running it is run or checked.
 
 Its paths are put below a directory of the test's; but for that, and the Hub's URL, everything is used as it stands.
 """
 
 from __future__ import annotations
 
-import ast
-import base64
 import os
 import re
 import shlex
@@ -23,7 +21,8 @@ from typing import Any
 import pytest
 import requests
 from hub import RealHub
-from test_readme import BLOCKS, DEPLOY, PYPROJECT, ROOT, prose, section, settings_from
+from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, section
+from settings import settings_from
 
 import cull_idle
 
@@ -135,7 +134,7 @@ def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, 
     owner = {"Authorization": f"token {hub_token(machine, hub)}"}
     answer = requests.post(page, headers=owner, json={"scopes": scopes.split(), "expires_in": 3600}, timeout=30)
     token = answer.json()["token"]
-    (command,) = (text for text in shown("sh", "A first look") if "cat" in text)
+    (command,) = re.findall(r"`(\(umask 077 && cat .*?)`", prose("A first look"))
     assert machine.run(command, stdin=f"{token}\n").returncode == 0
     assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
     assert "idle    2h01m" in first_look(machine, hub).stdout
@@ -148,7 +147,7 @@ def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, 
 
 def hub_token(machine: Machine, hub: RealHub) -> str:
     """What the README's command for the Hub's machine leaves in its file, while the Hub runs."""
-    (command,) = (text.strip() for text in shown("sh", "A first look") if "jupyterhub token" in text)
+    (command,) = re.findall(r"`(\(umask 077 && jupyterhub token .*?)`", prose("A first look"))
     command = command.replace("/etc/jupyterhub/jupyterhub_config.py", str(CONFIG))
     reader, writer = os.pipe()  # the tests' configuration ends a process whose stdin is closed
     try:
@@ -336,11 +335,21 @@ def make_token(machine: Machine) -> None:
 
 def test_a_token_of_its_own_culls(machine: Machine) -> None:
     make_token(machine)
-    (command,) = (text for text in shown("sh", "A token of its own") if "--once" in text)
+    command = cron_command().replace(" -q", "")
     with RealHub(extra_config=own_token_snippet(machine)) as hub:
         hub.spawn("idle", idle_seconds=IDLE)
-        result = machine.run(f"{machine.under(command).strip()} --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin")
+        result = machine.run(f"{machine.under(command)} --url {hub.url}", PATH="/usr/bin:/bin")
         assert (result.returncode, hub.running()) == (0, set()), result.stderr
+
+
+def test_a_token_from_a_pipe_culls(machine: Machine, hub: RealHub) -> None:
+    (command,) = re.findall(r"`(cull-idle --once \S+ \S+ --token-file <\(.*?\))`", prose("A token of its own"))
+    hub.spawn("idle", idle_seconds=IDLE)
+    (machine.bin / "pass").write_text(f"#!/bin/sh\necho {hub.culler_token}\n")
+    (machine.bin / "pass").chmod(0o755)
+    line = shlex.join(["bash", "-c", f"{command} --url {hub.url}"])
+    result = machine.run(line, PATH=f"{machine.bin}:/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set()), result.stderr
 
 
 @pytest.mark.parametrize("args", [["--rule=group=gpu keep"], ["--cull-users"]], ids=["group", "users"])
@@ -402,7 +411,6 @@ def test_the_cron_line_says_what_failed(machine: Machine, hub: RealHub) -> None:
 
 Unit = dict[str, dict[str, list[str]]]  # sections, directives, and their values
 KNOWN = {
-    "Unit": {"After", "Description", "Wants"},
     "Timer": {"OnCalendar"},
     "Install": {"WantedBy"},
     "Service": {
@@ -410,30 +418,17 @@ KNOWN = {
         "DynamicUser",
         "ExecStart",
         "LoadCredential",
-        "LockPersonality",
-        "MemoryDenyWriteExecute",
         "PrivateDevices",
         "PrivateUsers",
-        "ProcSubset",
-        "ProtectClock",
-        "ProtectControlGroups",
         "ProtectHome",
-        "ProtectHostname",
-        "ProtectKernelLogs",
-        "ProtectKernelModules",
-        "ProtectKernelTunables",
-        "ProtectProc",
         "Restart",
         "RestartPreventExitStatus",
         "RestartSec",
         "RestrictAddressFamilies",
         "RestrictNamespaces",
-        "RestrictRealtime",
         "SystemCallArchitectures",
-        "SystemCallErrorNumber",
         "SystemCallFilter",
         "Type",
-        "UMask",
     },
 }
 
@@ -449,7 +444,8 @@ def parse_unit(text: str) -> Unit:
     return unit
 
 
-UNITS: Mapping[str, Unit] = {n: parse_unit(t) for n, t in DEPLOY.items() if n.endswith((".service", ".timer"))}
+FILES = {Path(text.splitlines()[0].removeprefix("# ")).name: text for text in shown("ini", "systemd")}
+UNITS: Mapping[str, Unit] = {name: parse_unit(text) for name, text in FILES.items()}
 SERVICES = [name for name in UNITS if name.endswith(".service")]
 
 
@@ -464,7 +460,7 @@ def unit_files(machine: Machine) -> dict[str, Path]:
     """The units, with a command that exists."""
     files = {name: machine.root / name for name in UNITS}
     for name, file in files.items():
-        file.write_text(machine.under(DEPLOY[name]))
+        file.write_text(machine.under(FILES[name]))
     return files
 
 
@@ -493,6 +489,24 @@ def test_units_have_no_line_that_systemd_would_ignore() -> None:
             assert directives.keys() <= KNOWN[title], name
 
 
+def test_each_unit_is_pasted_where_systemd_looks_and_started_by_its_name() -> None:
+    places = [text.splitlines()[0] for text in shown("ini", "systemd")]
+    assert {place.rpartition("/")[0] for place in places} == {"# /etc/systemd/system"}
+    started = re.findall(r"systemctl (?:start|enable --now) ([\w.-]+\w)", prose("systemd"))
+    assert set(started) == set(UNITS)
+
+
+def test_the_loop_is_as_hardened_as_the_service_of_the_timer() -> None:
+    loop, once = (UNITS[name]["Service"] for name in ("cull-idle-loop.service", "cull-idle.service"))
+    assert {
+        key: value for key, value in loop.items() if not key.startswith("Restart") or key.startswith("Restrict")
+    } == {
+        **once,
+        "Type": ["exec"],
+        "ExecStart": loop["ExecStart"],
+    }
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_is_handed_what_its_command_reads(name: str, machine: Machine) -> None:
     command, *args = words_of(name, str(machine.root / "credentials"))
@@ -514,20 +528,9 @@ def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
     assert (result.returncode, hub.running()) == (0, set())
 
 
-def test_a_template_reads_the_configuration_of_its_hub(machine: Machine, hub: RealHub) -> None:
-    hub.spawn("idle", idle_seconds=IDLE)
-    loaded = dict(line.split(":") for line in UNITS["cull-idle@.service"]["Service"]["LoadCredential"])
-    assert loaded == {"config": "/etc/cull-idle/%i.toml", "token": "/etc/cull-idle/%i.token"}
-    machine.token.write_text(hub.culler_token)
-    (machine.token.parent / "config").write_text(f'url = "{hub.url}"\ntimeout = "1h"\n')
-    command = machine.under(shlex.join(words_of("cull-idle@.service", "/etc/cull-idle")))
-    result = machine.run(command, PATH="/usr/bin:/bin")
-    assert (result.returncode, hub.running()) == (0, set())
-
-
 # Kubernetes
 
-CRON_JOB = yaml.safe_load(DEPLOY["cronjob.yaml"])
+CRON_JOB = yaml.safe_load(shown("yaml", "A Kubernetes CronJob")[0])
 VALUES = yaml.safe_load(shown("yaml", "Zero to JupyterHub")[0])
 
 
@@ -566,21 +569,18 @@ def test_a_pod_culls_with_the_token_it_is_handed(machine: Machine, hub: RealHub)
     assert volume["secret"]["secretName"] == "hub"
     Path(machine.under(mount["mountPath"]), item["path"]).write_text(hub.culler_token)
 
-    entrypoint = ast.literal_eval(docker_lines(DEPLOY["Dockerfile"])["ENTRYPOINT"])
-    assert entrypoint == [Path(COMMAND).name]
-    args = machine.under(shlex.join(container["args"])).replace("http://hub:8081/hub/api", hub.url)
+    assert container["command"][:3] == ["python3", "-m", "cull_idle"]
+    words = [*container["command"][3:], *container["args"]]
+    args = machine.under(shlex.join(words)).replace("http://hub:8081/hub/api", hub.url)
     result = machine.run(f"{machine.under(COMMAND)} {args}", PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
 
 
-def docker_lines(dockerfile: str) -> dict[str, str]:
-    return dict(line.split(" ", maxsplit=1) for line in dockerfile.splitlines() if not line.startswith("#"))
+DOCKERFILE = dict(line.split(" ", maxsplit=1) for line in shown("dockerfile", "Zero to JupyterHub")[0].splitlines())
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "hub.Dockerfile"])
-def test_an_image_gets_all_that_an_installation_needs(name: str) -> None:
-    lines = docker_lines(DEPLOY[name])
-    *files, folder = lines["COPY"].split()
+def test_the_image_gets_all_that_an_installation_needs() -> None:
+    *files, folder = DOCKERFILE["COPY"].split()
     project = PYPROJECT["project"]
     needed = {
         "pyproject.toml",
@@ -590,13 +590,20 @@ def test_an_image_gets_all_that_an_installation_needs(name: str) -> None:
     }
     assert set(files) == needed
     assert all((ROOT / file).is_file() for file in files)
-    assert f"{lines['RUN']}/" == f"pip install --no-cache-dir {folder}"
-    assert "cull-idle" in project["scripts"]
+    assert f"{DOCKERFILE['RUN']}/" == f"pip install --no-cache-dir {folder}"
+
+
+def test_the_image_is_one_and_has_one_version() -> None:
+    _, _, tag = DOCKERFILE["FROM"].partition(":")
+    (container,) = pod()["containers"]
+    image = VALUES["hub"]["image"]
+    assert image["tag"] == tag
+    assert container["image"] == f"{image['name']}:{image['tag']}"
+    assert set(re.findall(r"registry\.example\.org/hub:[\d.]+\d", README)) == {container["image"]}
 
 
 def test_a_container_runs_as_the_user_that_its_pod_names() -> None:
-    user = pod()["securityContext"]
-    assert docker_lines(DEPLOY["Dockerfile"])["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
+    assert DOCKERFILE["USER"] == str(pod()["securityContext"]["runAsUser"])
 
 
 # Zero to JupyterHub: what its chart makes of the values
@@ -644,22 +651,3 @@ def test_the_charts_values_run_the_culler_in_the_hubs_pod() -> None:
 
 def test_the_charts_own_culler_is_off() -> None:
     assert VALUES["cull"] == {"enabled": False}
-
-
-def test_the_zip_file_for_the_chart_runs(tmp_path: Path) -> None:
-    """But for the download of click, which is copied from where the tests run, and for Helm, which decodes it."""
-    commands = next(text for text in shown("sh", "Zero to JupyterHub") if "zipapp" in text)
-    _, make, helm = commands.split("\n", 2)
-    shutil.copytree(Path(import_module("click").__file__ or "").parent, tmp_path / "app/click")
-    shutil.copy(SCRIPT, tmp_path / "app")
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    assert subprocess.run(["/bin/sh", "-c", make], cwd=tmp_path, env={"PATH": path}, check=False).returncode == 0
-    (place,) = re.findall(r"mountPath=(\S+)", helm)
-    (encoded,) = re.findall(r"binaryData=(\S+)", helm)
-    mounted = tmp_path / Path(place).name
-    mounted.write_bytes(base64.b64decode((tmp_path / encoded).read_bytes()))
-    (words,) = re.findall(
-        r"begin the command with `(.*?)` in place of `python3, -m, cull_idle`", prose("Zero to JupyterHub")
-    )
-    assert words.split(", ") == ["python3", place]
-    assert_the_chart_culls([sys.executable, str(mounted), *chart_command()[3:]])
