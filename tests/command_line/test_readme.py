@@ -314,7 +314,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 def completion_line() -> str:
     (line,) = re.findall(r"`(eval .*?)`", prose("Install"))
-    return line
+    return str(line)
 
 
 def test_bash_completes_options_after_the_line_of_the_readme(installed: dict[str, str]) -> None:
