@@ -246,6 +246,7 @@ def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
         return 0
 
     monkeypatch.setattr(cull_idle.Culler, "run", run)
+    monkeypatch.setattr(cull_idle, "read_token", lambda path: "unused")
 
     def settings(*args: str, env: Mapping[str, str] | None = None) -> cull_idle.Settings:
         assert cull(*args, env=env).exit_code == 0

@@ -7,6 +7,7 @@ from typing import Any
 import click
 import pytest
 from conftest import Cull
+from scripted_hub import LONG_AGO, ScriptedHub
 from settings import SettingsOf
 
 import cull_idle
@@ -127,8 +128,10 @@ def test_a_directory_is_no_metrics_file(cull: Cull, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
-def test_a_maximum_age_of_0_means_no_limit(settings_of: SettingsOf, value: str) -> None:
-    assert settings_of(f"--max-age={value}").policies._servers[0].max_age.duration == NEVER
+def test_a_maximum_age_of_0_means_no_limit(cull_scripted: Cull, scripted: ScriptedHub, value: str) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    assert cull_scripted("--timeout=never", f"--max-age={value}").counts == {"running": 1, "due": 0}
+    assert cull_scripted("--timeout=never", "--max-age=1").counts["culled"] == 1
 
 
 def test_the_command_line_comes_before_the_environment_and_the_default(settings_of: SettingsOf) -> None:
@@ -164,8 +167,8 @@ def test_every_option_is_an_environment_variable(settings_of: SettingsOf) -> Non
 def test_a_timeout_below_the_activity_interval_of_the_hub_is_a_warning(
     cull: Cull, settings_of: SettingsOf, timeout: str
 ) -> None:
-    (line,) = cull(f"--timeout={timeout}").lines
-    assert line.startswith(f"WARNING  --timeout {timeout} ")
+    (line,) = cull(f"--timeout={timeout}").warnings
+    assert f"--timeout {timeout} " in line
 
 
 @pytest.mark.parametrize("timeout", ["0", "5m30s", "1h", "never"])

@@ -30,6 +30,7 @@ from scripted_hub import (
     ScriptedHub,
     edited,
     normal,
+    of_hub,
     respond,
     respond_json,
     slow,
@@ -249,7 +250,12 @@ def active_again(exchange: Exchange) -> Answer:
 
 def stopped_by_another(exchange: Exchange) -> Answer:
     exchange.hub.users["ann"].servers.clear()
-    return respond_json(404, {})(exchange)
+    return of_hub(404)(exchange)
+
+
+def deleted_by_another(exchange: Exchange) -> Answer:
+    exchange.hub.users.clear()
+    return of_hub(404)(exchange)
 
 
 FAULTS = {
@@ -266,10 +272,10 @@ FAULTS = {
         ("DELETE", "/users/ann/server", respond(202)),
         {"ann": ("stop", "stopping"), "user ann": ("delete", "spared")},
     ),
-    "user gone": (("DELETE", "/users/ann", respond_json(404, {})), {"user ann": ("delete", "gone")}),
+    "user gone": (("DELETE", "/users/ann", deleted_by_another), {"user ann": ("delete", "gone")}),
     "user failed": (("DELETE", "/users/ann", respond_json(500, {})), {"user ann": ("delete", "failed")}),
     "user stopping": (("DELETE", "/users/ann", respond(202)), {"user ann": ("delete", "stopping")}),
-    "user spared": (("DELETE", "/users/ann", respond_json(400, {})), {"user ann": ("delete", "spared")}),
+    "user spared": (("DELETE", "/users/ann", of_hub(400)), {"user ann": ("delete", "spared")}),
 }
 
 

@@ -118,7 +118,7 @@ def test_the_command_runs_for_failures_but_not_for_gone_or_spared_servers(
     for name in ("failing", "gone", "spared"):
         scripted.add(name, idle=LONG_AGO)
     scripted.fault("DELETE", "/users/failing/server", respond(418))
-    scripted.fault("DELETE", "/users/gone/server", respond(404))
+    scripted.fault("GET", "/users/gone", then_do(scripted.users["gone"].servers.clear))
     scripted.fault("GET", "/users/spared", then_do(lambda: scripted.touch("spared")))
     result = cull_scripted("--timeout=1h", "--notify", recorder.command)
     assert result.outcomes == {"failing": "failed", "gone": "gone", "spared": "spared"}
@@ -200,7 +200,7 @@ def test_odd_names_are_passed_unchanged(cull_scripted: Cull, scripted: ScriptedH
     [
         ("nul\0", r"nul\x00", "embedded null byte"),
         ("half\ud800", r"half\ud800", "surrogates not allowed"),
-        ("x" * 300_000, "x" * 300_000, "Argument list too long"),
+        ("x" * 300_000, "x" * 250, "Argument list too long"),
     ],
     ids=["NUL", "half a character", "too long"],
 )
@@ -245,7 +245,7 @@ def test_no_token_is_in_the_environment_the_input_or_the_log(
     monkeypatch.setenv("JPY_API_TOKEN", in_variable or TOKEN)
     monkeypatch.setenv("CURL_HEADER", f"Authorization: token {TOKEN}")
     monkeypatch.setenv("HARMLESS", "seen")
-    monkeypatch.setattr(cull_idle, "one_line", lambda text: text)
+    monkeypatch.setattr(cull_idle, "one_line", lambda text, width=0: text)  # not cut
     env = {"JUPYTERHUB_API_TOKEN": in_variable} if in_variable else {}
     for command in (recorder.command, write_script(tmp_path / "tell", TELL_ALL)):
         result = cull(
@@ -293,7 +293,9 @@ def test_a_token_of_which_only_the_end_is_read_is_not_quoted(
     words.write_text(f"curl: {TOKEN}" + "x" * (cull_idle.READ_SIZE + in_front - len(TOKEN)))
     script = write_script(tmp_path / "tell", f"#!/bin/sh\ncat '{words}' >&2\nexit 22\n")
     result = cull("--once", "--url", scripted.url, *WARN, "--token-file", str(file), "--notify", script)
-    assert "exited with 22: xxx" in result.err
+    (error,) = result.errors
+    assert "22" in error
+    assert "xxx" not in error
 
 
 # Commands that do not behave

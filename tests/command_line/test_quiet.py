@@ -21,6 +21,7 @@ from scripted_hub import (
     reset,
     respond,
     respond_json,
+    then_do,
 )
 
 QUIET = ("-q", "--timeout=1h")
@@ -55,7 +56,7 @@ def test_nothing_is_said_where_nothing_is_due_or_something_is_in_doubt(
 ) -> None:
     scripted.add("ann", idle=1, extra={"pending": 5, "ready": "who knows"})
     scripted.add("gone", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/gone/server", respond(404))
+    scripted.fault("GET", "/users/gone", then_do(lambda: scripted.users.pop("gone")))
     result = cull_scripted(*QUIET, *more)
     assert (result.exit_code, result.out, result.err) == (0, "", "")
 

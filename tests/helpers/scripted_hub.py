@@ -257,6 +257,11 @@ def respond_json(status: int, content: object, headers: Mapping[str, str] | None
     return lambda exchange: replace(answer, headers={**answer.headers, **(headers or {})})
 
 
+def of_hub(status: int, message: str | None = None) -> Reply:
+    """The Hub's own error. Of a user that it does not know, its message is null."""
+    return lambda exchange: error(status, message)
+
+
 def raw(sent: bytes) -> Reply:
     """These bytes, HTTP or not, and the end of the connection."""
     return lambda exchange: Answer(raw=sent, end="close")

@@ -135,7 +135,8 @@ def test_a_name_with_half_a_character_is_culled_under_that_name(cull_scripted: C
     scripted.fault("GET", "/users", edited(lambda body: json.loads(json.dumps(body).replace("HALF", r"alice\ud800"))))
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
-    assert [segments(target)[:2] for target in raw_deletes(scripted)] == [["users", half]] * 2
+    assert {tuple(segments(target)) for target in raw_looks(scripted)} == {("users", half)}
+    assert raw_deletes(scripted) == []
     assert result.outcomes[r"alice\ud800"] == "gone"
     assert_harmless(result.err)
 

@@ -168,8 +168,8 @@ def test_the_dry_run_names_the_rule_that_decided(cull_scripted: Cull, scripted: 
 
 
 def test_the_dry_run_names_the_rule_that_keeps_a_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add_user("ann", idle=IDLE)
-    scripted.add_user("bob", idle=IDLE)
+    scripted.add_user("ann", idle=LONG_AGO)
+    scripted.add_user("bob", idle=LONG_AGO)
     result = cull_scripted("--dry-run", "-v", "--cull-users", *rules("user=cat keep", "user=bob keep"))
     (line,) = [line for line in result.table if "bob" in line]
     assert "rule 2" in line

@@ -115,9 +115,7 @@ LIMITS = st.builds(Limit, st.just(NEVER) | st.timedeltas(timedelta(0), timedelta
 
 @given(
     st.builds(server, DURATIONS, st.none() | DURATIONS, ready=st.booleans(), pending=st.sampled_from(["", "stop"])),
-    st.builds(
-        Policy, LIMITS, LIMITS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["", "rule 1"]), st.none()
-    ),
+    st.builds(Policy, LIMITS, LIMITS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["", "rule 1"])),
 )
 def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(server: Server, policy: Policy) -> None:
     verdict = judge_server(server, policy, NOW)
