@@ -21,7 +21,7 @@ from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from processes import Start
 from readme_text import BLOCKS
-from scripted_hub import LONG_AGO, NEARLY_DUE, ScriptedHub, edited, respond, respond_json, then_do
+from scripted_hub import LONG_AGO, NEARLY_DUE, ScriptedHub, edited, respond, then_do
 
 import cull_idle
 
@@ -586,7 +586,7 @@ def test_passes_leave_no_processes_files_or_threads_behind(
     assert not zombies()
 
 
-# The README's examples
+# The README's example
 
 
 def example(word: str) -> str:
@@ -627,49 +627,3 @@ def test_the_readmes_mail_is_not_sent_to_a_name_that_is_no_address(
     script = write_script(tmp_path / "script", example("mail -s"))
     assert len(cull_scripted(*WARN, "--notify", script).errors) == 1
     assert not written.exists()
-
-
-@pytest.fixture
-def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ScriptedHub, str]]:
-    """Something that takes POST, and the README's script, which posts to it."""
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    text = example("urlopen")
-    url = "https://chat.example.org/hooks/xyz"
-    assert url in text
-    with ScriptedHub() as chat:
-        chat.fault("POST", "/hooks/xyz", respond_json(200, "ok"), times=None)
-        yield chat, write_script(tmp_path / "script", text.replace(url, f"{chat.url}/hooks/xyz"))
-
-
-def test_the_readmes_webhook_posts_each_event(
-    cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
-) -> None:
-    scripted.add("dan", "gpu", idle=NEARLY_DUE)
-    scripted.add('ünï "x"', idle=LONG_AGO)
-    scripted.add("bob", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/bob/server", respond(418))
-    scripted.add_user("eve", idle=LONG_AGO)
-    result = cull_scripted(*WARN, "--cull-users", "--notify", chat[1])
-    assert "--notify" not in result.err
-    texts = sorted(json.loads(request.body)["text"] for request in chat[0].requests)
-    assert [text.partition(": ")[0] for text in texts] == [
-        "culled eve",
-        'culled ünï "x"',
-        'culled ünï "x"',
-        "failed bob",
-        "warned dan/gpu",
-    ]
-    assert "418" in texts[3]
-    assert "idle 50m" in texts[4]
-    assert {request.headers["content-type"] for request in chat[0].requests} == {"application/json"}
-
-
-def test_an_error_of_the_readmes_webhook_is_logged(
-    cull_scripted: Cull, scripted: ScriptedHub, chat: tuple[ScriptedHub, str]
-) -> None:
-    chat[0].fault("POST", "/hooks/xyz", respond(403))
-    chat[0]._faults.reverse()
-    scripted.add("dan", idle=NEARLY_DUE)
-    (error,) = cull_scripted(*WARN, "--notify", chat[1]).errors
-    assert error.endswith(" 1: urllib.error.HTTPError: HTTP Error 403: Forbidden")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 import pytest
 from conftest import TIMESTAMP, Cull
-from readme_text import BLOCKS, PYPROJECT, README, ROOT, rows, section
+from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, rows, section
 from scripted_hub import ScriptedHub
 from settings import settings_from
 
@@ -24,6 +27,9 @@ class Row(NamedTuple):
 
     option: str
     default: str
+
+
+SCOPES = ["list:users", "read:users:activity", "read:servers", "delete:servers"]  # what every pass needs
 
 
 def blocks(*languages: str) -> list[Any]:
@@ -60,10 +66,14 @@ def option_names() -> set[str]:
     return {name for param in command.get_params(ctx) for name in param.opts}
 
 
-@pytest.mark.parametrize("heading", real_options())
-def test_the_readme_lists_every_option(heading: str) -> None:
-    listed = [Row(option, default) for option, default, _ in rows(heading)]
-    assert listed == real_options()[heading]
+def test_the_readme_lists_every_option() -> None:
+    listed: dict[str, list[Row]] = {}
+    for option, default, _ in rows("Options"):
+        if option.startswith("**"):
+            current = listed.setdefault(option.strip("*"), [])
+        else:
+            current.append(Row(option, default))
+    assert listed == real_options()
 
 
 def test_the_readme_lists_every_exit_code() -> None:
@@ -75,10 +85,8 @@ def test_the_readme_explains_every_word_of_the_log() -> None:
 
 
 def test_commands_in_the_readme_use_options_that_exist() -> None:
-    commands = [
-        command for block in BLOCKS for command in re.findall(r"(?:cull-idle|cull_idle\.py)(?=\W+-).*", block.text)
-    ]
-    used = {option for command in commands for option in re.findall(r"(?<=[\s\"'])--?[a-z][\w-]*", command)}
+    commands = re.findall(r"(?:bin/cull-idle|[`$] ?cull-idle|cull_idle\.py|cull_idle,)(?=\W+-)[^|&`\n]*", README)
+    used = {option for command in commands for option in re.findall(r"(?<=[\s\"'\[])--?[a-z][\w-]*", command)}
     assert used >= {"--once", "--dry-run", "--timeout", "--token-file", "-q", "-v"}
     assert used <= option_names()
 
@@ -99,14 +107,15 @@ def test_configuration_in_the_readme_is_taken(text: str, tmp_path: Path) -> None
 
 
 def test_rules_in_the_readme_are_taken() -> None:
-    shown = [rule for rule, _ in rows("Exceptions")]
-    assert shown
-    for rule in [*shown, *re.findall(r"--rule '(.*?)'", README)]:
+    examples = [re.match("(.*?)`", example) for _, _, example, _ in rows("Rules")]
+    shown = [match[1] for match in examples if match]
+    assert len(shown) == len(cull_idle.MATCHES)
+    for rule in [*shown, *re.findall(r"--rule ['\"](.*?)['\"]", README)]:
         cull_idle.parse_rule(rule)
 
 
 def test_the_readme_lists_all_that_rules_match_and_the_scopes_for_it() -> None:
-    listed = {name: scope for name, _, scope in rows("What rules match and set")}
+    listed = {name: scope for name, _, _, scope in rows("Rules")}
     needed = {name: settings_from(f"--rule={name}=true keep").rule_scopes for name in cull_idle.MATCHES}
     assert listed == {name: "".join(scopes) for name, scopes in needed.items()}
 
@@ -121,7 +130,11 @@ def test_the_arbiter_in_the_readme_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_what_an_arbiter_is_given() -> None:
-    assert {keyword for keyword, _ in rows("A decision of your own")} == cull_idle.ARBITER_ARGUMENTS
+    listed, _, _ = prose("Your own decision: an arbiter").partition("A `cull_arbiter_hook`")
+    assert (
+        set(re.findall(r"`([a-z_]+)`", listed.partition("arguments that it takes:")[2])) - {"timedelta"}
+        == cull_idle.ARBITER_ARGUMENTS
+    )
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -129,11 +142,52 @@ def test_python_in_the_readme_compiles(text: str) -> None:
     compile(text, "README.md", "exec")
 
 
-def test_the_scopes_in_the_readme_are_those_the_program_asks_for() -> None:
-    role = cull_idle.role_for(settings_from(), None)
-    wanted = re.findall(r'"([a-z]+:[a-z:]+)"', role)
-    assert wanted
-    assert re.findall(r'"([a-z]+:[a-z:]+)"', section("A first real run")) == wanted
+def scopes_in(text: str) -> list[str]:
+    """The scopes in a snippet, in quotes or without, in order."""
+    return re.findall(r"\b(?:list|read|delete|admin):[a-z:_]+[a-z]", text)
+
+
+@pytest.mark.parametrize("text", [block.text for block in BLOCKS if "scopes" in block.text])
+def test_each_role_in_the_readme_has_the_scopes_that_a_pass_needs(text: str) -> None:
+    """That they suffice, tests on a real Hub show."""
+    assert scopes_in(text) == SCOPES
+
+
+def test_the_program_checks_the_scopes_of_the_readme() -> None:
+    """The Hub only leaves times out if it may not show them; so the program does not ask for that scope."""
+    nobody = cull_idle.Identity("service", "x", frozenset())
+    missing = cull_idle.missing_scopes(nobody, settings_from("--timeout", "1h"), to_cull=True)
+    assert {*missing, "read:users:activity"} == set(SCOPES)
+
+
+@pytest.mark.parametrize("scope", [scope for scope in SCOPES if scope != "read:users:activity"])
+def test_the_program_names_a_scope_of_the_readme_that_is_missing(
+    cull_scripted: Cull, scripted: ScriptedHub, scope: str
+) -> None:
+    scripted.scopes = [each for each in SCOPES if each != scope]
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == cull_idle.Exit.NO_HUB
+    assert scopes_in(result.err)[0] == scope
+
+
+def test_a_token_for_a_first_look_has_no_scope_to_change_anything(cull: Cull, scripted: ScriptedHub) -> None:
+    (line,) = re.findall(r"enter `(.*?)`", prose("A first look"))
+    assert line.split() == [scope for scope in SCOPES if not scope.startswith("delete")]
+    scripted.scopes = line.split()
+    scripted.add("ann", idle=7230)
+    result = cull("--dry-run", "--timeout", "1h", "--url", scripted.url, token=scripted.token)
+    assert result.exit_code == 0
+    assert "1 of 1 running" in result.out
+    assert scopes_in(result.out) == ["delete:servers"]
+
+
+def test_the_extra_scope_is_named_beside_the_first_rule(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    before, _, _ = prose("Rules").partition("--rule 'group=")
+    (extra,) = re.findall(r"needs the scope `(.*?)`", before)
+    scripted.scopes = SCOPES
+    result = cull_scripted("--rule", "group=gpu timeout=30m")
+    assert result.exit_code == cull_idle.Exit.NO_HUB
+    assert set(scopes_in(result.err)) == {extra}
 
 
 def test_the_script_needs_the_same_as_the_package() -> None:
@@ -147,54 +201,39 @@ def test_the_script_needs_the_same_as_the_package() -> None:
         assert f"'{requirement}'" in section("Install")
 
 
-def test_the_sample_of_a_dry_run_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
-    shown = sample("cull_idle.py --dry-run --timeout 1h")
-    add_shown(scripted, shown)
-    counts = re.search(r"^(\d+) of (\d+) running", shown, re.MULTILINE)
-    assert counts
-    for number in range(int(counts[2]) - int(counts[1])):
-        scripted.add(f"busy{number}")
+def test_the_sample_of_a_dry_run_is_what_the_demo_shows(cull: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull-idle --dry-run --timeout 1h")
+    add_the_demos(scripted)
     result = cull("--dry-run", "--timeout", "1h", "--url", scripted.url, token=scripted.token)
     assert result.out.strip() == shown
 
 
-def test_the_sample_of_a_pass_is_what_the_program_logs(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    shown = sample("cull_idle.py --once --timeout 1h")
-    add_shown(scripted, sample("cull_idle.py --dry-run --timeout 1h"))
-    for name in re.findall(r"WARNING +stopping (\w+):", shown):
-        scripted.users[name].servers[""].stop_seconds = 60
+def test_the_sample_of_a_pass_is_what_the_demo_shows(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    shown = sample("cull-idle --once --timeout 1h")
+    add_the_demos(scripted)
     scripted.slow_stop = 0
-    counts = re.search(r"(\d+) running, (\d+) due", shown)
-    assert counts
-    for number in range(int(counts[1]) - int(counts[2])):
-        scripted.add(f"busy{number}")
     assert len(TIMESTAMP.findall(shown)) == len(shown.splitlines())
     assert sorted(untimed(cull_scripted("--timeout", "1h").err)) == sorted(untimed(shown))
 
 
-def test_the_sample_of_an_explanation_is_what_the_program_prints(cull: Cull, scripted: ScriptedHub) -> None:
-    command = 'cull_idle.py --explain ann/gpu --timeout 1h --rule "group=gpu timeout=30m"'
-    shown = sample(command)
-    clock = cull_idle.parse_time(re.findall(r"^clock +(.*)$", shown, re.MULTILINE)[0])
-    assert clock
-    scripted.now = clock
-    idle, age = (
-        cull_idle.parse_duration(ago).total_seconds() for ago in re.findall(r", (\w+) ago$", shown, re.MULTILINE)
-    )
-    scripted.add("ann", "gpu", idle=idle, age=age)
-    scripted.users["ann"].groups = ["gpu"]
-    result = cull(*shlex.split(command)[1:], "--url", scripted.url, token=scripted.token)
-    printed = re.sub(", .* this machine's$", "", result.out, flags=re.MULTILINE)
-    assert printed.strip().replace(scripted.url, "http://127.0.0.1:8081/hub/api") == shown
+def demo() -> Any:
+    """The demo, as a module."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tests/by_hand/demo.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # where its classes are looked for
+    spec.loader.exec_module(module)
+    return module
 
 
-def add_shown(scripted: ScriptedHub, table: str) -> None:
-    """Put the servers of a dry run's table on the Hub."""
-    for line in table.partition("\n\n")[0].splitlines()[1:-1]:
-        full_name, idle, age, _ = re.split("  +", line)
-        name, _, server = full_name.partition("/")
-        seconds = (cull_idle.parse_duration(text).total_seconds() + 30 for text in (idle, age))
-        scripted.add(name, server, **dict(zip(("idle", "age"), seconds, strict=True)))
+def add_the_demos(scripted: ScriptedHub) -> None:
+    """Put the demo's servers on the Hub, but for the one that is still starting."""
+    for each in demo().SERVERS:
+        if each.after != "starting":
+            scripted.add(
+                each.name, each.server, idle=each.options["idle_seconds"], age=each.options["age_seconds"]
+            ).stop_seconds = 60 * (each.after == "stopping")
 
 
 def untimed(lines: str) -> list[str]:
@@ -202,3 +241,103 @@ def untimed(lines: str) -> list[str]:
     return re.sub(
         r"(?<= in )[\d.]+s$|(?<=down after )\w+", "…", TIMESTAMP.sub("", lines), flags=re.MULTILINE
     ).splitlines()
+
+
+# What a reader clicks, and what a shell reads
+
+
+def anchors(markdown: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    text = re.sub(r"^ *```.*?^ *```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("file", ["README.md", "tests/README.md"])
+def test_links_lead_somewhere(file: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https:")]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = ROOT / Path(file).parent / path if path else ROOT / file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+def test_the_table_of_contents_lists_every_section() -> None:
+    contents, _, rest = README.partition("\n## ")
+    listed = re.findall(r"\]\(#(.*?)\) ?(?:·|\\?$)", contents, re.MULTILINE)
+    titles = re.findall(r"^## (.*)$", f"## {rest}", re.MULTILINE)
+    assert set(listed) == anchors("\n".join(f"# {title}" for title in titles)) - {"license"}
+    assert len(listed) == len(set(listed))
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 560
+    assert max(map(len, README.splitlines())) <= 250
+
+
+@pytest.mark.parametrize("text", blocks("sh"))
+def test_a_shell_can_read_it(text: str) -> None:
+    result = subprocess.run(["/bin/sh", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_service_has_one_name_and_not_the_littlest_jupyterhubs() -> None:
+    """That has a service called cull-idle, with its admin role in the database."""
+    texts = "\n".join(block.text for block in BLOCKS)
+    names = re.findall(r'"name": "([\w-]+)"|hub\.services\.([\w-]+)\.|services: \[([\w-]+)\]', texts)
+    assert {"".join(name) for name in names} == {"idle-stopper"}
+
+
+# Completion
+
+COMPLETED = r"""
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_cull_idle_completion cull-idle
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """An environment where cull-idle is on the PATH, and nothing else of ours."""
+    command = tmp_path / "cull-idle"
+    script = f"import sys; sys.argv[0] = {str(command)!r}; import cull_idle; sys.exit(cull_idle.main())"
+    command.write_text(f"""#!/bin/sh\nexec {shlex.join([sys.executable, "-c", script])} "$@"\n""")
+    command.chmod(0o755)
+    return {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+
+
+def completion_line() -> str:
+    (line,) = re.findall(r"`(eval .*?)`", prose("Install"))
+    return str(line)
+
+
+def test_bash_completes_options_after_the_line_of_the_readme(installed: dict[str, str]) -> None:
+    def completed(*words: str) -> list[str]:
+        command = ["bash", "--norc", "-c", completion_line() + COMPLETED, "bash", "cull-idle", *words]
+        result = subprocess.run(command, env=installed, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+        return result.stdout.split()
+
+    assert completed("--time") == ["--timeout"]
+    assert completed("--once", "--cull-us") == ["--cull-users"]
+    assert completed("--log-level", "warn") == ["warning"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_their_completion_by_the_words_of_the_readme(shell: str, installed: dict[str, str]) -> None:
+    assert f"{shell}_source" in prose("Install")
+    result = subprocess.run(
+        ["cull-idle"],
+        env=installed | {"_CULL_IDLE_COMPLETE": f"{shell}_source"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {"zsh": "compdef", "fish": "complete"}[shell] in result.stdout

@@ -29,9 +29,15 @@ BLOCKS = code_blocks()
 
 def section(heading: str) -> str:
     """What stands under a heading, up to the next one."""
-    _, _, rest = README.partition(f"# {heading}\n")
-    assert rest, f"the README has no heading {heading}"
-    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    parts = re.split(r"^##+ (.*)\n", README, flags=re.MULTILINE)  # one # is a comment in a block of code
+    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert heading in found, f"the README has no heading {heading}"
+    return found[heading]
+
+
+def prose(heading: str) -> str:
+    """The same, wherever its lines are broken."""
+    return " ".join(section(heading).split())
 
 
 def rows(heading: str) -> list[list[str]]:

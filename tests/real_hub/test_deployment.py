@@ -1,11 +1,10 @@
-"""What the README says under "Keep it running" is taken out of it, and run or checked.
+"""What the README says of running it is run or checked.
 
 Its paths are put below a directory of the test's; but for that, and the Hub's URL, everything is used as it stands.
 """
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shlex
@@ -20,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hub import RealHub
-from readme_text import BLOCKS, PYPROJECT, ROOT, section
+from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, section
 from settings import settings_from
 
 import cull_idle
 
+CONFIG = ROOT / "tests/helpers/hub/jupyterhub_config.py"
 SCRIPT = Path(cull_idle.__file__)
 COMMAND = "/opt/cull-idle/bin/cull-idle"
 IDLE = 2 * 3600 + 90
@@ -54,18 +55,23 @@ class Machine:
         command.chmod(0o755)
         self.token = Path(self.under("/etc/cull-idle/token"))
         self.token.parent.mkdir(parents=True)
+        self.bin = root / "usr/local/bin"
+        self.bin.mkdir(parents=True)
+        (link,) = (line for text in shown("sh", "Install") for line in text.splitlines() if line.startswith("ln "))
+        link = self.under(link.partition(" && ")[0]).replace("/usr/local/bin", str(self.bin))
+        assert self.run(link, PATH="/usr/bin:/bin").returncode == 0
 
     def under(self, text: str) -> str:
         """The text with the README's paths below this directory."""
         return re.sub(r"/(opt|etc)/cull-idle\b", lambda path: f"{self.root}{path[0]}", text)
 
-    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """What a shell makes of a command, with nothing else in its environment."""
         return subprocess.run(
             ["/bin/sh", "-c", command],
             env=environment,
             cwd=self.root,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=60,
@@ -101,23 +107,107 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-# A service that the Hub manages
+# A first look
 
-WITH_ROLE, WITHOUT_ROLES = range(2)  # the blocks, in the README's order
+
+@pytest.fixture(scope="module")
+def hub_with_an_admin() -> Iterator[RealHub]:
+    with RealHub(extra_config='c.Authenticator.admin_users = {"admin"}\n') as hub:
+        hub.spawn("idle", idle_seconds=IDLE)
+        hub.spawn("admin", idle_seconds=60)
+        yield hub
+
+
+def first_look(machine: Machine, hub: RealHub) -> subprocess.CompletedProcess[str]:
+    """The README's first dry run."""
+    (command,) = (text for text in shown("sh", "A first look") if "--dry-run" in text)
+    result = machine.run(f"{command.strip()} --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin")
+    assert result.returncode == 0, result.stderr
+    assert hub.running() == {"idle", "admin"}
+    return result
+
+
+def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, hub_with_an_admin: RealHub) -> None:
+    hub = hub_with_an_admin
+    (scopes,) = re.findall(r"enter `(.*?)`", prose("A first look"))
+    page = f"{hub.url}/users/admin/tokens"  # what the page asks
+    owner = {"Authorization": f"token {hub_token(machine, hub)}"}
+    answer = requests.post(page, headers=owner, json={"scopes": scopes.split(), "expires_in": 3600}, timeout=30)
+    token = answer.json()["token"]
+    (command,) = re.findall(r"`(\(umask 077 && cat .*?)`", prose("A first look"))
+    assert machine.run(command, stdin=f"{token}\n").returncode == 0
+    assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
+    assert "idle    2h01m" in first_look(machine, hub).stdout
+    refused = machine.run(
+        f"cull-idle --once --timeout 1h --token-file hub-token --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin"
+    )
+    assert refused.returncode == cull_idle.Exit.NO_HUB
+    assert hub.running() == {"idle", "admin"}
+
+
+def hub_token(machine: Machine, hub: RealHub) -> str:
+    """What the README's command for the Hub's machine leaves in its file, while the Hub runs."""
+    (command,) = re.findall(r"`(\(umask 077 && jupyterhub token .*?)`", prose("A first look"))
+    command = command.replace("/etc/jupyterhub/jupyterhub_config.py", str(CONFIG))
+    reader, writer = os.pipe()  # the tests' configuration ends a process whose stdin is closed
+    try:
+        result = subprocess.run(
+            ["/bin/sh", "-c", f"{command} && mv hub-token {machine.root}"],
+            cwd=hub._directory,
+            env={
+                **hub._environment,
+                "REAL_HUB_SERVER_PORT": "0",
+                "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            },
+            stdin=reader,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert result.returncode == 0, result.stderr
+    return (machine.root / "hub-token").read_text().strip()
+
+
+def test_a_token_made_on_the_hubs_machine_is_enough_for_a_first_look(
+    machine: Machine, hub_with_an_admin: RealHub
+) -> None:
+    assert hub_token(machine, hub_with_an_admin)
+    assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
+    assert "idle    2h01m" in first_look(machine, hub_with_an_admin).stdout
+
+
+# A service that the Hub manages
 
 # RealHub's configuration says who the admins are, where there are roles.
 LIST_ADMIN = """
 if jupyterhub.version_info >= (2,):
-    c.JupyterHub.load_roles[0]["services"].append("cull-idle")
+    c.JupyterHub.load_roles[0]["services"].append("idle-stopper")
 """
+
+
+def managed_snippet() -> str:
+    (text,) = shown("python", "A service that the Hub manages")
+    return text
+
+
+def before_roles() -> str:
+    """The snippet without its role, and with what the README says to write after the name."""
+    text = prose("A service that the Hub manages")
+    assert "leave out the role, and" in text
+    (admin,) = re.findall(r"write `(.*?)` after the name", text)
+    (service,) = (line for line in managed_snippet().splitlines() if "services.append" in line)
+    return service.replace('"idle-stopper", ', f'"idle-stopper", {admin}, ') + "\n"
 
 
 class Managed:
     """A Hub that starts cull-idle as the README says, but looks every second."""
 
-    def __init__(self, root: Path, block: int, more_config: str = "", **options: Any) -> None:
+    def __init__(self, root: Path, text: str, more_config: str = "", **options: Any) -> None:
         self.machine = Machine(root)
-        text = shown("python", "A service that the Hub manages")[block]
         often = 'c.JupyterHub.services[-1]["environment"] = {"CULL_IDLE_CULL_EVERY": "1s"}\n'
         self.hub = RealHub(extra_config=self.machine.under(text) + often + more_config, **options)
 
@@ -156,7 +246,7 @@ class Managed:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["http", "internal_ssl"])
 def managed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
-    with Managed(tmp_path_factory.mktemp("machine"), WITH_ROLE, internal_ssl=request.param) as managed:
+    with Managed(tmp_path_factory.mktemp("machine"), managed_snippet(), internal_ssl=request.param) as managed:
         yield managed
 
 
@@ -192,9 +282,101 @@ def test_it_ends_when_the_hub_stops(managed: Managed) -> None:
 def test_before_roles_an_admin_service_does(tmp_path: Path) -> None:
     """Hubs with roles take it too; with HUB_PYTHON=/an/older/hubs/bin/python it is shown for one without."""
     python = os.environ.get("HUB_PYTHON", sys.executable)
-    with Managed(tmp_path, WITHOUT_ROLES, LIST_ADMIN, python=python) as managed:
+    with Managed(tmp_path, before_roles(), LIST_ADMIN, python=python) as managed:
         managed.assert_culls()
         managed.assert_stops()
+
+
+def test_the_same_snippet_runs_what_is_installed_in_the_hubs_own_environment(tmp_path: Path) -> None:
+    (command,) = re.findall(r"`(\[sys\.executable.*?\])`", prose("A service that the Hub manages"))
+    (old,) = re.findall(r'\["/opt.*?\]', managed_snippet())
+    text = "import sys\n" + managed_snippet().replace(old, command)
+    path = f'import os\nos.environ["PYTHONPATH"] = {str(ROOT)!r}\n'
+    environment = 'c.JupyterHub.services[-1]["environment"] = {**os.environ, "CULL_IDLE_CULL_EVERY": "1s"}\n'
+    with Managed(tmp_path, path + text, environment) as managed:
+        managed.assert_culls()
+
+
+# The Littlest JupyterHub
+
+
+def test_the_littlest_jupyterhub_takes_the_same_snippet_as_a_file_of_its_own(machine: Machine) -> None:
+    """It sets the services itself, then loads each file of a directory with `load_subconfig`."""
+    (file,) = re.findall(r"into `/opt/tljh/(config/jupyterhub_config\.d/\w+\.py)`", prose("The Littlest JupyterHub"))
+    snippet = machine.root / file
+    snippet.parent.mkdir(parents=True)
+    snippet.write_text(managed_snippet())
+    main = machine.root / "jupyterhub_config.py"
+    main.write_text(f"c = get_config()\nc.JupyterHub.services = []\nload_subconfig({str(snippet)!r})\n")
+    loaded = import_module("traitlets.config").PyFileConfigLoader(str(main)).load_config().JupyterHub
+    (service,), (role,) = loaded.services, loaded.load_roles.get_value([])
+    assert (service["name"], role["services"]) == ("idle-stopper", ["idle-stopper"])
+
+
+# A token of its own, and the role that is printed when a scope is missing
+
+
+def own_token_snippet(machine: Machine) -> str:
+    """What the README says: its lines in place of the first one of the managed service."""
+    (text,) = shown("python", "A token of its own")
+    first, _, role = managed_snippet().partition("\n")
+    assert "services.append" in first
+    return machine.under(text) + role
+
+
+def make_token(machine: Machine) -> None:
+    (command,) = (text for text in shown("sh", "A token of its own") if "openssl" in text)
+    shutil.rmtree(machine.token.parent)
+    result = machine.run(machine.under(command), PATH="/usr/local/bin:/usr/bin:/bin")
+    assert result.returncode == 0, result.stderr
+    assert machine.token.stat().st_mode & 0o777 == 0o600
+    assert machine.token.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_token_of_its_own_culls(machine: Machine) -> None:
+    make_token(machine)
+    command = cron_command().replace(" -q", "")
+    with RealHub(extra_config=own_token_snippet(machine)) as hub:
+        hub.spawn("idle", idle_seconds=IDLE)
+        result = machine.run(f"{machine.under(command)} --url {hub.url}", PATH="/usr/bin:/bin")
+        assert (result.returncode, hub.running()) == (0, set()), result.stderr
+
+
+def test_a_token_from_a_pipe_culls(machine: Machine, hub: RealHub) -> None:
+    (command,) = re.findall(r"`(cull-idle --once \S+ \S+ --token-file <\(.*?\))`", prose("A token of its own"))
+    hub.spawn("idle", idle_seconds=IDLE)
+    (machine.bin / "pass").write_text(f"#!/bin/sh\necho {hub.culler_token}\n")
+    (machine.bin / "pass").chmod(0o755)
+    line = shlex.join(["bash", "-c", f"{command} --url {hub.url}"])
+    result = machine.run(line, PATH=f"{machine.bin}:/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set()), result.stderr
+
+
+@pytest.mark.parametrize("args", [["--rule=group=gpu keep"], ["--cull-users"]], ids=["group", "users"])
+def test_the_role_that_is_printed_below_the_readmes_snippet_starts_a_hub_and_culls(
+    args: list[str], machine: Machine
+) -> None:
+    make_token(machine)
+    snippet = own_token_snippet(machine)
+    words = ["cull-idle", "--once", "--timeout=1h", "--token-file", str(machine.token), *args]
+    with RealHub(extra_config=snippet) as hub:
+        hub.spawn("idle", idle_seconds=IDLE, user_idle_seconds=IDLE)
+        result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
+        assert result.returncode == cull_idle.Exit.NO_HUB
+        assert hub.running() == {"idle"}
+    (line,) = re.findall(r"c\.JupyterHub\.load_roles\.append\(.*\)", result.stderr)
+    with RealHub(extra_config=f"{snippet}\n{line}\n") as hub:
+        hub.spawn("idle", idle_seconds=IDLE, user_idle_seconds=IDLE)
+        result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
+        assert (result.returncode, hub.running()) == (0, set()), result.stderr
+
+
+def test_a_role_of_the_same_name_stops_a_hub_as_the_readme_says() -> None:
+    (said,) = re.findall(r"\(`(Role .*? multiply defined)`\)", prose("A service that the Hub manages"))
+    _, _, role = managed_snippet().partition("\n")
+    service = 'c.JupyterHub.services.append({"name": "idle-stopper"})\n'
+    with pytest.raises(RuntimeError, match=said), RealHub(extra_config=service + role + role):
+        pass
 
 
 # cron
@@ -229,7 +411,6 @@ def test_the_cron_line_says_what_failed(machine: Machine, hub: RealHub) -> None:
 
 Unit = dict[str, dict[str, list[str]]]  # sections, directives, and their values
 KNOWN = {
-    "Unit": {"Description"},
     "Timer": {"OnCalendar"},
     "Install": {"WantedBy"},
     "Service": {
@@ -237,30 +418,17 @@ KNOWN = {
         "DynamicUser",
         "ExecStart",
         "LoadCredential",
-        "LockPersonality",
-        "MemoryDenyWriteExecute",
         "PrivateDevices",
         "PrivateUsers",
-        "ProcSubset",
-        "ProtectClock",
-        "ProtectControlGroups",
         "ProtectHome",
-        "ProtectHostname",
-        "ProtectKernelLogs",
-        "ProtectKernelModules",
-        "ProtectKernelTunables",
-        "ProtectProc",
         "Restart",
         "RestartPreventExitStatus",
         "RestartSec",
         "RestrictAddressFamilies",
         "RestrictNamespaces",
-        "RestrictRealtime",
         "SystemCallArchitectures",
-        "SystemCallErrorNumber",
         "SystemCallFilter",
         "Type",
-        "UMask",
     },
 }
 
@@ -270,31 +438,14 @@ def parse_unit(text: str) -> Unit:
     for line in text.splitlines():
         if line.startswith("["):
             current = unit.setdefault(line[1:-1], {})
-        elif line:
+        elif line and not line.startswith("#"):
             key, _, value = line.partition("=")
             current.setdefault(key, []).append(value)
     return unit
 
 
-def with_lines(unit: Unit, lines: Unit) -> Unit:
-    """The same unit, with these lines in place of its own."""
-    return {name: {**unit.get(name, {}), **lines.get(name, {})} for name in {**unit, **lines}}
-
-
-def readme_units() -> Mapping[str, Unit]:
-    service, timer = map(parse_unit, shown("ini", "A systemd timer"))
-    (loop,) = map(parse_unit, shown("ini", "A systemd service"))
-    (template,) = map(parse_unit, shown("ini", "Many Hubs, several replicas"))
-    return {
-        "cull-idle.service": service,
-        "cull-idle.timer": timer,
-        "cull-idle-loop.service": with_lines(service, loop),
-        "cull-idle@.service": with_lines(service, template),
-        "cull-idle@.timer": timer,
-    }
-
-
-UNITS = readme_units()
+FILES = {Path(text.splitlines()[0].removeprefix("# ")).name: text for text in shown("ini", "systemd")}
+UNITS: Mapping[str, Unit] = {name: parse_unit(text) for name, text in FILES.items()}
 SERVICES = [name for name in UNITS if name.endswith(".service")]
 
 
@@ -306,16 +457,10 @@ def words_of(name: str, credentials: str = "/credentials") -> list[str]:
 
 @pytest.fixture
 def unit_files(machine: Machine) -> dict[str, Path]:
-    """The units, as files that systemd can read."""
-    files = {}
-    for name, unit in UNITS.items():
-        lines = [
-            line
-            for title, directives in unit.items()
-            for line in [f"[{title}]", *(f"{key}={value}" for key in directives for value in directives[key])]
-        ]
-        files[name] = machine.root / name
-        files[name].write_text(machine.under("\n".join(lines)) + "\n")
+    """The units, with a command that exists."""
+    files = {name: machine.root / name for name in UNITS}
+    for name, file in files.items():
+        file.write_text(machine.under(FILES[name]))
     return files
 
 
@@ -332,7 +477,7 @@ def test_systemd_takes_the_units(unit_files: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_systemd_finds_a_service_as_hardened_as_the_readme_says(name: str, unit_files: dict[str, Path]) -> None:
-    match = re.search(r"an exposure of (\d)\.(\d)", section("A systemd timer"))
+    match = re.search(r"an exposure of (\d)\.(\d)", prose("systemd"))
     assert match
     result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", unit_files[name])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -342,6 +487,19 @@ def test_units_have_no_line_that_systemd_would_ignore() -> None:
     for name, unit in UNITS.items():
         for title, directives in unit.items():
             assert directives.keys() <= KNOWN[title], name
+
+
+def test_each_unit_is_pasted_where_systemd_looks_and_started_by_its_name() -> None:
+    places = [text.splitlines()[0] for text in shown("ini", "systemd")]
+    assert {place.rpartition("/")[0] for place in places} == {"# /etc/systemd/system"}
+    started = re.findall(r"systemctl (?:start|enable --now) ([\w.-]+\w)", prose("systemd"))
+    assert set(started) == set(UNITS)
+
+
+def test_the_loop_is_as_hardened_as_the_service_of_the_timer() -> None:
+    loop, once = (UNITS[name]["Service"] for name in ("cull-idle-loop.service", "cull-idle.service"))
+    differ = {key for key in loop.keys() | once.keys() if loop.get(key) != once.get(key)}
+    assert differ == {"Type", "ExecStart", "Restart", "RestartSec", "RestartPreventExitStatus"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -365,21 +523,10 @@ def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
     assert (result.returncode, hub.running()) == (0, set())
 
 
-def test_a_template_reads_the_configuration_of_its_hub(machine: Machine, hub: RealHub) -> None:
-    hub.spawn("idle", idle_seconds=IDLE)
-    loaded = dict(line.split(":") for line in UNITS["cull-idle@.service"]["Service"]["LoadCredential"])
-    assert loaded == {"config": "/etc/cull-idle/%i.toml", "token": "/etc/cull-idle/%i.token"}
-    machine.token.write_text(hub.culler_token)
-    (machine.token.parent / "config").write_text(f'url = "{hub.url}"\ntimeout = "1h"\n')
-    command = machine.under(shlex.join(words_of("cull-idle@.service", "/etc/cull-idle")))
-    result = machine.run(command, PATH="/usr/bin:/bin")
-    assert (result.returncode, hub.running()) == (0, set())
-
-
 # Kubernetes
 
-MANIFESTS, CHART, CHART_TOKEN = shown("yaml", "Kubernetes")
-SECRET, CRON_JOB = yaml.safe_load_all(MANIFESTS)
+CRON_JOB = yaml.safe_load(shown("yaml", "A Kubernetes CronJob")[0])
+VALUES = yaml.safe_load(shown("yaml", "Zero to JupyterHub")[0])
 
 
 def pod() -> dict[str, Any]:
@@ -387,17 +534,9 @@ def pod() -> dict[str, Any]:
     return spec
 
 
-def with_token_of_the_chart() -> dict[str, Any]:
-    """The cron job with the volume that the README shows for Zero to JupyterHub."""
-    changed: dict[str, Any] = yaml.safe_load(yaml.safe_dump(CRON_JOB))
-    changed["spec"]["jobTemplate"]["spec"]["template"]["spec"].update(yaml.safe_load(CHART_TOKEN))
-    return changed
-
-
 @pytest.mark.parametrize("version", ["1.25", "1.37"])
-@pytest.mark.parametrize("manifest", [SECRET, CRON_JOB, with_token_of_the_chart()], ids=["secret", "job", "chart's"])
-def test_kubernetes_takes_the_manifests(manifest: dict[str, Any], version: str) -> None:
-    assert kubernetes_validate.validate(manifest, version, strict=True) == version
+def test_kubernetes_takes_the_manifest(version: str) -> None:
+    assert kubernetes_validate.validate(CRON_JOB, version, strict=True) == version
 
 
 def test_a_pod_may_do_nothing_but_ask_the_hub() -> None:
@@ -413,39 +552,30 @@ def test_a_pod_may_do_nothing_but_ask_the_hub() -> None:
     }
 
 
-@pytest.mark.parametrize("token", ["Secret", "chart's"])
-def test_a_pod_culls_with_the_token_it_is_handed(token: str, machine: Machine, hub: RealHub) -> None:
+def test_a_pod_culls_with_the_token_it_is_handed(machine: Machine, hub: RealHub) -> None:
     hub.spawn("idle", idle_seconds=IDLE)
     (container,) = pod()["containers"]
     (mount,) = container["volumeMounts"]
-    job = CRON_JOB if token == "Secret" else with_token_of_the_chart()
-    (volume,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["volumes"]
+    (volume,) = pod()["volumes"]
     assert mount["name"] == volume["name"]
-    if token == "Secret":
-        assert volume["secret"] == {"secretName": SECRET["metadata"]["name"]}
-        (file,) = SECRET["stringData"]
-    else:
-        (item,) = volume["secret"]["items"]
-        (service,) = yaml.safe_load(CHART)["hub"]["services"]
-        assert item["key"] == f"hub.services.{service}.apiToken"  # as the chart calls it
-        file = item["path"]
-    Path(machine.under(mount["mountPath"]), file).write_text(hub.culler_token)
+    (item,) = volume["secret"]["items"]
+    (service,) = VALUES["hub"]["services"]
+    assert item["key"] == f"hub.services.{service}.apiToken"  # as the chart calls it
+    assert volume["secret"]["secretName"] == "hub"
+    Path(machine.under(mount["mountPath"]), item["path"]).write_text(hub.culler_token)
 
-    dockerfile, image_args = shown("dockerfile", "Kubernetes")[0], container["args"]
-    entrypoint = ast.literal_eval(docker_lines(dockerfile)["ENTRYPOINT"])
-    assert entrypoint == [Path(COMMAND).name]
-    args = machine.under(shlex.join(image_args)).replace("http://hub:8081/hub/api", hub.url)
+    assert container["command"][:3] == ["python3", "-m", "cull_idle"]
+    words = [*container["command"][3:], *container["args"]]
+    args = machine.under(shlex.join(words)).replace("http://hub:8081/hub/api", hub.url)
     result = machine.run(f"{machine.under(COMMAND)} {args}", PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
 
 
-def docker_lines(dockerfile: str) -> dict[str, str]:
-    return dict(line.split(" ", maxsplit=1) for line in dockerfile.splitlines())
+DOCKERFILE = dict(line.split(" ", maxsplit=1) for line in shown("dockerfile", "Zero to JupyterHub")[0].splitlines())
 
 
-def test_an_image_gets_all_that_an_installation_needs() -> None:
-    lines = docker_lines(shown("dockerfile", "Kubernetes")[0])
-    *files, folder = lines["COPY"].split()
+def test_the_image_gets_all_that_an_installation_needs() -> None:
+    *files, folder = DOCKERFILE["COPY"].split()
     project = PYPROJECT["project"]
     needed = {
         "pyproject.toml",
@@ -455,23 +585,64 @@ def test_an_image_gets_all_that_an_installation_needs() -> None:
     }
     assert set(files) == needed
     assert all((ROOT / file).is_file() for file in files)
-    assert f"{lines['RUN']}/" == f"pip install --no-cache-dir {folder}"
-    assert "cull-idle" in project["scripts"]
-    user = pod()["securityContext"]
-    assert lines["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
+    assert f"{DOCKERFILE['RUN']}/" == f"pip install --no-cache-dir {folder}"
 
 
-def test_the_charts_values_name_a_service_and_its_role() -> None:
-    values = yaml.safe_load(CHART)
-    (service,) = values["hub"]["services"]
-    (role,) = values["hub"]["loadRoles"].values()
-    assert role == {"services": [service], "scopes": scopes(cull_idle.role_for(settings_from(), None))}
+def test_the_image_is_one_and_has_one_version() -> None:
+    _, _, tag = DOCKERFILE["FROM"].partition(":")
+    (container,) = pod()["containers"]
+    image = VALUES["hub"]["image"]
+    assert image["tag"] == tag
+    assert container["image"] == f"{image['name']}:{image['tag']}"
+    assert set(re.findall(r"registry\.example\.org/hub:[\d.]+\d", README)) == {container["image"]}
 
 
-def test_a_managed_service_has_the_scopes_that_the_program_asks_for() -> None:
-    shown_scopes = scopes(shown("python", "A service that the Hub manages")[WITH_ROLE])
-    assert shown_scopes == scopes(cull_idle.role_for(settings_from(), None))
+def test_a_container_runs_as_the_user_that_its_pod_names() -> None:
+    assert DOCKERFILE["USER"] == str(pod()["securityContext"]["runAsUser"])
 
 
-def scopes(text: str) -> list[str]:
-    return re.findall(r'"([a-z]+:[a-z:]+)"', text)
+# Zero to JupyterHub: what its chart makes of the values
+
+
+def of_the_chart(values: dict[str, Any]) -> str:
+    """The lists of JupyterHub's configuration: the chart names each entry by its key."""
+    listed = {
+        key: [{"name": name, **entry} for name, entry in values["hub"][of_values].items()]
+        for key, of_values in (("services", "services"), ("load_roles", "loadRoles"))
+    }
+    return "".join(f"c.JupyterHub.{key} += {entries!r}\n" for key, entries in listed.items())
+
+
+def chart_config(hub: RealHub, command: list[str]) -> str:
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(VALUES))
+    (service,) = values["hub"]["services"].values()
+    service["command"] = [word.replace("http://localhost:8081/hub/api", hub.url) for word in command]
+    service["environment"] = {"CULL_IDLE_CULL_EVERY": "1s", "PYTHONPATH": str(ROOT)}
+    return of_the_chart(values)
+
+
+def assert_the_chart_culls(command: list[str]) -> None:
+    hub = RealHub()
+    hub._environment["REAL_HUB_EXTRA_CONFIG"] += chart_config(hub, command)
+    with hub:
+        hub.spawn("busy", idle_seconds=60)
+        hub.spawn("idle", wait=False, idle_seconds=IDLE)
+        wait_until(lambda: "culled idle: idle 2h01m, limit 1h" in hub.log(), hub)
+        assert hub.running() == {"busy"}
+
+
+def chart_command() -> list[str]:
+    (service,) = VALUES["hub"]["services"].values()
+    command: list[str] = service["command"]
+    return command
+
+
+def test_the_charts_values_run_the_culler_in_the_hubs_pod() -> None:
+    args = chart_command()[1:]
+    assert args[:2] == ["-m", "cull_idle"]
+    assert settings_from(*args[2:]).url == "http://localhost:8081/hub/api"
+    assert_the_chart_culls([sys.executable, *args])
+
+
+def test_the_charts_own_culler_is_off() -> None:
+    assert VALUES["cull"] == {"enabled": False}
