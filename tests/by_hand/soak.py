@@ -9,7 +9,7 @@ memory or files grew from the second quarter of the passes to the last.
 from __future__ import annotations
 
 import argparse
-import logging
+import gc
 import multiprocessing
 import os
 import random
@@ -104,6 +104,7 @@ def live_on(hub: ScriptedHub, chance: random.Random) -> None:
 
 
 def sample() -> Sample:
+    gc.collect()  # closes connections that failed, which would otherwise wait for their turn
     status = Path("/proc/self/status").read_text()
     rss = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
     assert rss
@@ -113,6 +114,7 @@ def sample() -> Sample:
 def settings_for(url: str) -> cull_idle.Settings:
     """What the command line would make of it."""
     arguments = ["--timeout=1h", "--cull-users", "--api-page-size=20", "--request-timeout=0.2s", f"--url={url}"]
+    arguments.append("--log-level=critical")  # which nothing is logged at
     with cull_idle.make_command().make_context("soak", arguments) as context:
         return cull_idle.Settings(**{name: value for name, value in context.params.items() if name != "version"})
 
@@ -166,8 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--passes must be at least 8, two for each quarter")
     os.environ["JUPYTERHUB_API_TOKEN"] = TOKEN
     cull_idle.PAUSES = (0, 0, 0)
-    logging.getLogger("cull_idle").addHandler(logging.NullHandler())
-    logging.getLogger("cull_idle").propagate = False
     began = time.monotonic()
     samples = soak(options.passes, options.seed)
     print(f"{options.passes} passes in {time.monotonic() - began:.0f}s, seed {options.seed}")
