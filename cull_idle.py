@@ -353,7 +353,7 @@ def with_name(model: object) -> dict[str, Any]:
     """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
     if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
         return model
-    raise ValueError("the Hub lists a user without a name")
+    raise ValueError("answered a user without a name")
 
 
 def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
@@ -846,8 +846,8 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in types:
-            known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else ""
-            raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}.", ctx, param)
+            known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else "."
+            raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}", ctx, param)
         if name == "rule":
             defaults[name] = [str(rule) for rule in (value if isinstance(value, list) else [value])]
         elif isinstance(value, (dict, list)):
@@ -1348,7 +1348,7 @@ class Hub:
                 raise HubError(
                     f"a proxy on the way to {self.url} decodes {code} in paths, so the request could reach another"
                     " user's server; the proxy must pass paths on unchanged, or --url must lead past it",
-                    "a proxy decodes paths",
+                    f"a proxy on the way to {self.url} decodes {code} in paths",
                 )
 
     def _is_decoded(self, code: str) -> bool:
@@ -1776,7 +1776,7 @@ class Findings:
                 user = read_user(model) if self.settings.cull_users else None
                 servers = user.servers if user else read_servers(model)
             except ValueError as error:
-                self._count_doubt("the user list", str(error))
+                self._count_doubt("the Hub", str(error))
                 continue
             self.listed += 1
             staying = [server for server in servers if not self._decide_server(server, page)]
@@ -2128,14 +2128,20 @@ class Culling:
         kind = f"the Hub answered {answer.status}"
         refused = answer.status in (401, 403)
         if refused:
-            advice = extra_role(self.identity, [scopes[-1]]) if self.identity else "its owner must be an admin"
-            sentence += f"; the token needs the scope {scopes[-1]}: {advice}"
+            sentence += f"; {self._advice(answer, scopes[-1])}"
         elif answer.status == 404 and answer.error:
             filtered = self.identity.filtered(*scopes) if self.identity else []
             scope = " and ".join(filtered) or f"a filtered scope, such as {scopes[0]}!group=…,"
             kind = f"{scope} does not cover it"
             sentence += f": it is still there, so the token's {kind}"
         return event._replace(outcome=Outcome.FAILED, error=HubError(sentence, kind, refused=refused))
+
+    def _advice(self, answer: Answer, scope: str) -> str:
+        """What helps against a refusal."""
+        if answer.status == 401 or not self.identity:
+            return TOKEN_HINT
+        role = extra_role(self.identity, [scope])
+        return f"the token needs the scope {scope}; add to jupyterhub_config.py: {role}"
 
 
 def why_spared(verdict: Verdict) -> str:
@@ -2665,7 +2671,7 @@ def read_metrics(path: str) -> dict[str, float]:
         with open(path, errors="replace") as file:
             text = file.read()
     if text and not text.startswith("# HELP cull_idle_"):
-        raise ValueError("it is not one of cull_idle.py's, and is not overwritten")
+        raise ValueError("it belongs to another program, and is not overwritten")
     samples = re.findall(r"^(cull_idle_\S+) (-?\d+(?:\.\d+)?(?:e[+-]\d+)?)\n", text, re.MULTILINE)
     return {name: float(value) for name, value in samples}
 
@@ -2790,7 +2796,9 @@ def last_line(stream: BinaryIO) -> str:
     lines = stream.read().decode(errors="replace").strip().splitlines()
     if start:
         lines = lines[1:]  # the rest of a line, which may begin in the middle of a token
-    return one_line(lines[-1]) if lines else "no word of why"
+    if not lines:
+        return f"its last line has more than {READ_SIZE} bytes" if start else "no word of why"
+    return one_line(lines[-1])
 
 
 # ---- Explaining one decision
@@ -3140,7 +3148,7 @@ class Culler:
         except UsageError as error:
             problem = str(error)
         if problem and problem != self._token_problem:
-            self.log.say("warning", f"{problem} Until then the last token is used.")
+            self.log.say("warning", f"{problem} The last token is used until then.")
         self._token_problem = problem
 
     def _open_hub(self) -> Hub:

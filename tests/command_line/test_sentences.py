@@ -626,8 +626,8 @@ NO_DURATION = "'1x' is not a duration: write seconds, or numbers with units, suc
         (parse_duration, "1x", NO_DURATION),
         (parse_duration, "999999999999d", "'999999999999d' is too long a duration."),
         (parse_time, "yesterday or so", "'yesterday or so' is not a time"),
-        (read_user, None, "the Hub lists a user without a name"),
-        (read_user, {"name": ""}, "the Hub lists a user without a name"),
+        (read_user, None, "answered a user without a name"),
+        (read_user, {"name": ""}, "answered a user without a name"),
     ],
 )
 def test_what_is_refused(parse: Callable[[Any], object], text: object, sentence: str) -> None:
@@ -692,7 +692,7 @@ def test_the_doubt_about_servers_that_are_not_shown(user: dict[str, object], dou
 def test_users_without_a_name(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.fault("GET", "/users", respond_json(200, [{}, {**ANN, "servers": {}}, {"name": ""}]))
     assert cull_scripted("--timeout", "1h").warnings == [
-        "WARNING  kept 2 in doubt; the first: the user list: the Hub lists a user without a name"
+        "WARNING  kept 2 in doubt; the first: the Hub: answered a user without a name"
     ]
 
 
@@ -794,14 +794,25 @@ def test_a_server_that_is_slow_to_stop(cull_scripted: Cull, scripted: ScriptedHu
     assert result.lines[0] == "WARNING  stopping ann: idle 2h, limit 1h; not down after 1s"
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_stop_that_is_refused(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
+def test_a_stop_for_which_the_scope_is_missing(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", respond(status))
-    result = cull_scripted("--timeout", "1h")
-    assert result.lines[0].startswith(
-        f"ERROR    failed ann: idle 2h, limit 1h; the Hub answered {status}; the token needs the scope delete:servers:"
-        " c.JupyterHub.load_roles.append("
+    scripted.fault("DELETE", "/users/ann/server", respond(403))
+    assert (
+        cull_scripted("--timeout", "1h")
+        .lines[0]
+        .startswith(
+            "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 403; the token needs the scope delete:servers;"
+            " add to jupyterhub_config.py: c.JupyterHub.load_roles.append("
+        )
+    )
+
+
+def test_a_stop_for_which_the_token_is_refused(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", respond(401))
+    assert cull_scripted("--timeout", "1h").lines[0] == (
+        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 401; the token must be of this Hub and not expired,"
+        " and its owner must have a role (before JupyterHub 2.0: be an admin)"
     )
 
 
@@ -1116,7 +1127,7 @@ def test_a_token_file_that_disappears(scripted: ScriptedHub, loop: RunLoop, tmp_
     done = loop(scripted, "--cull-every=5s", f"--token-file={token}", between=[token.unlink])
     why = "No such file or directory; it must be a file that this user may read."
     (warning,) = done.passes[1].warnings
-    assert warning == f"WARNING  --token-file {token} cannot be read: {why} Until then the last token is used."
+    assert warning == f"WARNING  --token-file {token} cannot be read: {why} The last token is used until then."
 
 
 def test_a_stdout_that_is_full(scripted: ScriptedHub) -> None:
@@ -1190,7 +1201,7 @@ def test_commands_that_are_left_out(
 def test_a_metrics_file_of_another_program(cull_scripted: Cull, tmp_path: Path) -> None:
     file = tmp_path / "node.prom"
     file.write_text("node_load1 0.21\n")
-    why = "is there already: it is not one of cull_idle.py's, and is not overwritten."
+    why = "is there already: it belongs to another program, and is not overwritten."
     result = cull_scripted(f"--metrics-file={file}")
     assert result.lines == [f"cull_idle.py: --metrics-file {file} {why}"]
 
@@ -1204,7 +1215,7 @@ def test_a_metrics_file_that_cannot_be_written(cull_scripted: Cull, scripted: Sc
     file = tmp_path / "cull_idle.prom"
     scripted.fault("GET", "/users", then_do(lambda: file.write_text("node_load1 0.21\n")))
     assert cull_scripted("-q", f"--metrics-file={file}").lines == [
-        f"ERROR    --metrics-file {file} is not written: it is not one of cull_idle.py's, and is not overwritten"
+        f"ERROR    --metrics-file {file} is not written: it belongs to another program, and is not overwritten"
     ]
 
 
