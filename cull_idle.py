@@ -23,9 +23,11 @@ if MISSING := [repr(package) for module, package in PACKAGES.items() if not find
     sys.stderr.write(f"cull_idle needs more packages: {sys.executable} -m pip install {' '.join(MISSING)}\n")
     sys.exit(2)
 
+import atexit
 import contextlib
 import dataclasses
 import enum
+import gc
 import io
 import os
 import queue
@@ -212,21 +214,23 @@ def parse_time(text: object) -> datetime | None:
 
     Raises ValueError for anything else, also for a date without a time of day, which could be off by a day.
     """
+    try:
+        moment = datetime.fromisoformat(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        moment = None
+    if moment and moment.tzinfo is UTC:
+        return moment
     if text is None:
         return None
     if not isinstance(text, str) or len(text) <= len("2026-11-22"):
         raise ValueError(f"{one_line(str(text), 40)!r} is not a time")
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+    if not moment:
         from dateutil.parser import isoparse  # slower, but reads more of ISO 8601
 
         try:
             moment = isoparse(text)
         except (ValueError, OverflowError):
             raise ValueError(f"{one_line(text, 40)!r} is not a time") from None
-    if moment.tzinfo is UTC:
-        return moment
     if moment.tzinfo is None:
         return moment.replace(tzinfo=UTC)
     try:
@@ -349,9 +353,15 @@ def read_servers(model: object) -> list[Server]:
     return [Server(name, "", False, "", None, None, doubt, {}, model)]
 
 
+def name_of(model: object) -> str:
+    """The name in a user model; empty if it is none."""
+    name = model.get("name") if isinstance(model, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def with_name(model: object) -> dict[str, Any]:
     """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
-    if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
+    if isinstance(model, dict) and name_of(model):
         return model
     raise ValueError("answered a user without a name")
 
@@ -1282,7 +1292,7 @@ class Hub:
         except RecursionError:
             nested = f"{where} answered JSON that is nested too deeply"
             raise (HubError if answer.body.startswith(b"[") else TooMuchData)(nested) from None
-        if page is None or (page.models and not any(is_user(model) for model in page.models)):
+        if page is None or (page.models and not any(map(name_of, page.models))):
             raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
         return page
 
@@ -1492,11 +1502,6 @@ def read_body(response: requests.Response, request: str) -> bytes:
         if size > largest:
             raise failure(f"{request} answered more than {largest >> 20} MiB")
     return b"".join(chunks)
-
-
-def is_user(model: object) -> bool:
-    """True if a model has a user's name."""
-    return isinstance(model, dict) and isinstance(model.get("name"), str) and bool(model["name"])
 
 
 def segment(name: str) -> str:
@@ -1722,12 +1727,12 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
                 offset, before = offset + 1, set()
             size = max((size or 50) // 8, 1)
             continue
-        names = [model["name"] for model in page.models if is_user(model)]
+        names = [name_of(model) for model in page.models]
         if overlap and names and names[0] not in before and not stepped_back:
             offset, stepped_back = max(offset - max(size, 50) // 2, 0), True
             continue
         stepped_back = False
-        new = [model for model in page.models if not (is_user(model) and model["name"] in before)]
+        new = [model for model, name in zip(page.models, names, strict=True) if not name or name not in before]
         yield page._replace(models=new)
         next_offset = page.next_offset()
         if next_offset is None:
@@ -1735,7 +1740,7 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
         fruitless = 0 if new else fruitless + 1
         if fruitless == 3:
             raise HubError(f"GET /users: {hub.url} lists no more users, but always another page; the rest is not read")
-        before, last_user = set(names), printable(names[-1]) if names else last_user
+        before, last_user = set(names), printable(names[-1]) if names and names[-1] else last_user
         overlap = len(page.models) // 40
         offset = max(next_offset - overlap, offset + 1)
         size = usual if size * 8 >= (usual or 50) else size * 8
@@ -2118,7 +2123,7 @@ class Culling:
         for offset in [*range(decision.offset, 0, -size), 0]:
             page = self.hub.page(offset, size=size, ready_only=not self.settings.cull_users)
             for model in page.models:
-                if is_user(model) and model["name"] == name:
+                if name_of(model) == name:
                     return Look(read_user(model), page.now)
         return Look(None, page.now)
 
@@ -3316,6 +3321,8 @@ def open_null() -> TextIO:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    gc.set_threshold(10_000)  # pages make many objects and hardly any cycles
+    atexit.register(gc.freeze)  # nor does Python have to look for cycles before it ends
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
