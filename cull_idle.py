@@ -122,21 +122,21 @@ class TooMuchData(HubError):
     """An answer is too large, or nested too deeply, to be parsed. A smaller part of it may do."""
 
 
-LONGEST_TEXT = 300  # characters of a name or message that one line shows
+LONGEST_TEXT = 520  # characters of a name or message that one line shows; user and server have up to 255 each
 SECRETS: set[str] = set()  # tokens that were read; nothing that is shown may contain them
 
 
 def printable(text: str, width: int = LONGEST_TEXT) -> str:
-    """Make a text from outside safe to show: tokens replaced, control characters escaped, cut to `width` characters.
+    """Make a text from outside safe to show: tokens replaced, cut to `width` characters, escaped.
 
     All that comes from the Hub, a user, a file or a command passes through here before it is logged or printed.
     """
     for secret in SECRETS:
         text = text.replace(secret, "…")
-    if len(text) <= width and text.isprintable():
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    if text.isprintable():
         return text
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: width + 1])
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str, width: int = 200) -> str:
@@ -1472,16 +1472,17 @@ def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
 
 
 def read_body(response: requests.Response, request: str) -> bytes:
-    """Read an answer's body. Raises TooMuchData if it is larger than an answer may be."""
+    """Read an answer's body. Raises TooMuchData, or HubError for a plain list, if it is larger than it may be."""
     chunks: list[bytes] = []
     size, largest = 0, LARGEST_PAGE
+    failure: type[HubError] = TooMuchData
     for chunk in response.iter_content(READ_SIZE):
-        if not chunks and chunk.startswith(b"["):
-            largest = LARGEST_LIST
+        if not chunks and chunk.startswith(b"["):  # a Hub without pages: there are no smaller parts
+            largest, failure = LARGEST_LIST, HubError
         chunks.append(chunk)
         size += len(chunk)
         if size > largest:
-            raise TooMuchData(f"{request} answered more than {largest >> 20} MiB")
+            raise failure(f"{request} answered more than {largest >> 20} MiB")
     return b"".join(chunks)
 
 
@@ -1900,10 +1901,11 @@ class OwnStops:
         self._before[user.name, server_name] = user.last_activity
         self._seen.setdefault(user.name, set()).add(user.last_activity)
 
-    def see_after_stop(self, user: User, server_name: str) -> None:
-        """Remember the last activity right after it."""
-        if user.last_activity != self._before.get((user.name, server_name)):
-            self._caused.setdefault(user.name, set()).add(user.last_activity)
+    def see_after_stop(self, user: User, server_name: str, stopped: datetime) -> None:
+        """Remember the last activity right after it. `stopped`: the latest time at which the Hub may have stopped it."""
+        at = user.last_activity
+        if at and at <= stopped and at != self._before.get((user.name, server_name)):
+            self._caused.setdefault(user.name, set()).add(at)
 
     def without(self, user: User) -> User:
         """The user, last active when they themselves last did something."""
@@ -2011,7 +2013,9 @@ class Culling:
         began = time.monotonic()
         answer = self.hub.stop(server, remove=self.settings.remove_named_servers)
         if answer.status == 204:
-            self._see_own_stop(decision)
+            # The Hub dates its answer when the request comes, others when they send it, both in whole seconds.
+            latest = self.findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 1)
+            self._see_own_stop(decision, latest)
             removed = "; removed" if server.name and self.settings.remove_named_servers else ""
             return event._replace(outcome=Outcome.CULLED, reason=event.reason + removed)
         if answer.status == 202:
@@ -2025,13 +2029,13 @@ class Culling:
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
 
-    def _see_own_stop(self, decision: Decision[Server]) -> None:
+    def _see_own_stop(self, decision: Decision[Server], stopped: datetime) -> None:
         """Look at a user who may be deleted, right after a stop. Without that, the stop counts as an activity."""
         if decision.target.user in self.findings.users:
             with contextlib.suppress(HubError):
                 user, _ = self._look(decision.target.user, decision)
                 if user:
-                    self.own_stops.see_after_stop(user, decision.target.name)
+                    self.own_stops.see_after_stop(user, decision.target.name, stopped)
 
     def _cull_user(self, decision: Decision[User]) -> Event:
         """Look at a user again, now that all servers are stopped, and delete the user if that is still due."""
