@@ -612,7 +612,7 @@ class Policies:
         """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
         if not self._rules:
             return self._default
-        values = tuple([readable_values(target, field) for field in self._fields])
+        values = tuple(readable_values(target, field) for field in self._fields)
         candidates = self._remembered.get(values)
         if candidates is None:
             if len(self._remembered) >= 10_000:
@@ -620,7 +620,7 @@ class Policies:
             candidates = self._remembered[values] = self._matching(dict(zip(self._fields, values, strict=True)))
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:
-            if all([glob.match(name) for glob in globs]):
+            if all(glob.match(name) for glob in globs):
                 return policy
         return self._default
 
@@ -745,7 +745,7 @@ class TextType(click.ParamType[Any]):
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002 (click passes them)
         """The name is written as it is."""
         return self.name
 
@@ -1372,17 +1372,17 @@ class Hub:
 
         import requests
 
-        prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
-        prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would normalize it
         timeout = self._timeout.total_seconds()
         timeouts = (min(timeout, CONNECT_SECONDS), timeout)
         requested = time.monotonic()
         try:
+            prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
+            prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would decode %2E
             # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
             response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport)
             with response:
                 content = read_body(response, f"{method} {path}: {self.url}")
-        except OSError as error:  # all exceptions of requests are
+        except (OSError, ValueError) as error:  # exceptions of requests are OSErrors, some of urllib3 ValueErrors
             raise no_answer(method, path, self.url, error, self._timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")), requested)
@@ -1529,52 +1529,70 @@ def general(path: str) -> str:
 
 
 def no_answer(method: str, path: str, url: str, error: Exception, timeout: timedelta) -> HubError:
-    """The failure of a request that was not answered: the first cause that is known decides what to say of it."""
+    """The failure of a request that was not answered."""
+    from urllib3 import exceptions
+
+    causes = causes_of(error)
+    if sentence := why_unreachable(causes, url):
+        return TryAgain(f"{method} {path}: {sentence}", f"{method} {general(path)}: {sentence}")
+    if sentence := why_not_secure(causes, url):
+        return HubError(f"{method} {path}: {sentence}", sentence, affects_all=True)
+    if is_among(causes, exceptions.TimeoutError, TimeoutError):
+        late = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
+        # Stopping a server may take long, so a late DELETE says nothing about other requests.
+        return HubError(f"{method} {path}: {late}", f"{method} {general(path)}: {late}", affects_all=method == "GET")
+    if is_among(causes, exceptions.ProtocolError):
+        lost = f"{url}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
+        if url.startswith("http:"):
+            lost += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
+        return TryAgain(f"{method} {path}: {lost}", f"{method} {general(path)}: {lost}")
+    return HubError(f"{method} {path}: {url} cannot be asked: {one_line(str(causes[-1]))}")
+
+
+def why_unreachable(causes: Sequence[BaseException], url: str) -> str:
+    """A sentence if there is no connection to the Hub, which may be there soon; else empty."""
     import socket
 
     from urllib3 import exceptions
 
-    causes: list[BaseException] = [error]
+    last_name = type(causes[-1]).__name__
+    if is_among(causes, exceptions.ProxyError):
+        return f"{url} cannot be reached through the proxy of $HTTPS_PROXY ({last_name})"
+    if is_among(causes, socket.gaierror):
+        return f"{url}: its host name does not resolve; is --url right?"
+    if is_among(causes, ConnectionRefusedError):
+        return f"{url} refuses the connection; is the Hub running, and --url right?"
+    if is_among(causes, exceptions.NewConnectionError, exceptions.ConnectTimeoutError):
+        return f"{url} cannot be reached: {getattr(causes[-1], 'strerror', None) or last_name}; is --url right?"
+    return ""
+
+
+def why_not_secure(causes: Sequence[BaseException], url: str) -> str:
+    """A sentence if TLS is the reason, else empty. A Hub that speaks plain HTTP never answers a TLS handshake."""
+    from urllib3 import exceptions
+
+    texts = " ".join(map(str, causes))
+    plain = ("WRONG_VERSION_NUMBER", "handshake operation timed out", "record layer failure")
+    if url.startswith("https:") and any(text in texts for text in plain):
+        return f"{url} does not speak https; try --url http:{url.removeprefix('https:')}"
+    if is_among(causes, exceptions.SSLError):
+        return f"{url}: TLS failed: {one_line(str(causes[-1]))}; {TLS_HINT}"
+    return ""
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """An exception and what it was raised from. requests passes some causes on as arguments only."""
+    causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and not isinstance(cause, TypeError):
         causes.append(cause)  # a TypeError is how urllib3 1.26 finds out that this is not Python 2
-    # requests passes some causes on as arguments only.
-    causes += [each for cause in causes for each in cause.args if isinstance(each, BaseException)]
-    causes += [why for each in causes if isinstance(why := getattr(each, "reason", None), BaseException)]
-    last = one_line(str(causes[-1]))
-    last_name = type(causes[-1]).__name__
+    arguments = [each for cause in causes for each in cause.args if isinstance(each, BaseException)]
+    reasons = [why for each in [*causes, *arguments] if isinstance(why := getattr(each, "reason", None), BaseException)]
+    return [*arguments, *reasons, *causes]
 
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
 
-    def says(*words: str) -> bool:
-        return any(word in str(cause) for cause in causes for word in words)
-
-    def try_again(sentence: str) -> TryAgain:
-        return TryAgain(f"{method} {path}: {sentence}", f"{method} {general(path)}: {sentence}")
-
-    secure = url.startswith("https:")
-    if caused_by(exceptions.ProxyError):
-        return try_again(f"{url} cannot be reached through the proxy of $HTTPS_PROXY ({last_name})")
-    if secure and says("WRONG_VERSION_NUMBER", "handshake operation timed out", "record layer failure"):
-        plain = "http:" + url.removeprefix("https:")
-        return HubError(f"{method} {path}: {url} does not speak https; try --url {plain}", affects_all=True)
-    if caused_by(exceptions.SSLError):
-        return HubError(f"{method} {path}: {url}: TLS failed: {last}; {TLS_HINT}", affects_all=True)
-    if caused_by(socket.gaierror):
-        return try_again(f"{url}: its host name does not resolve; is --url right?")
-    if caused_by(ConnectionRefusedError):
-        return try_again(f"{url} refuses the connection; is the Hub running, and --url right?")
-    if caused_by(exceptions.NewConnectionError, exceptions.ConnectTimeoutError):
-        why = getattr(causes[-1], "strerror", None) or last_name
-        return try_again(f"{url} cannot be reached: {why}; is --url right?")
-    if caused_by(exceptions.TimeoutError, TimeoutError):
-        late = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
-        # Stopping a server may take long, so a late DELETE says nothing about other requests.
-        return HubError(f"{method} {path}: {late}", f"{method} {general(path)}: {late}", affects_all=method == "GET")
-    if caused_by(exceptions.ProtocolError):
-        other = "" if secure else f"; if this goes on, try --url https:{url.removeprefix('http:')}"
-        return try_again(f"{url}: the connection was lost before the whole answer had come ({last_name}){other}")
-    return HubError(f"{method} {path}: {url} cannot be asked: {last}")
+def is_among(causes: Iterable[BaseException], *kinds: type[BaseException]) -> bool:
+    """True if one of the causes is of one of these kinds."""
+    return any(isinstance(cause, kinds) for cause in causes)
 
 
 # ---- Scopes: what the token must be allowed to do, from JupyterHub 2.0 on
@@ -1850,28 +1868,16 @@ def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: in
     waiting = deque(items)
     count = len(waiting)
     done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        while True:
-            try:
-                item = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                done.put((function(item), None))
-            except BaseException as error:  # raised again by the caller's thread
-                done.put((None, error))
-
     workers = []
     for _ in range(min(threads, count)):
-        worker = threading.Thread(target=work, name="cull_idle", daemon=True)
+        worker = threading.Thread(target=work_off, args=(function, waiting, done), name="cull_idle", daemon=True)
         try:
             worker.start()
         except RuntimeError:  # can't start new thread
             break
         workers.append(worker)
     if not workers:
-        work()
+        work_off(function, waiting, done)
     try:
         for _ in range(count):
             result, error = done.get()
@@ -1882,6 +1888,19 @@ def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: in
         waiting.clear()
         for worker in workers:
             worker.join()
+
+
+def work_off(function: Callable[[T], Result], waiting: deque[T], done: queue.SimpleQueue[Any]) -> None:
+    """Call the function for each item that waits; puts its result, or its exception, into `done`."""
+    while True:
+        try:
+            item = waiting.popleft()
+        except IndexError:
+            return
+        try:
+            done.put((function(item), None))
+        except BaseException as error:  # raised again by in_parallel
+            done.put((None, error))
 
 
 class OwnStops:
@@ -1902,7 +1921,7 @@ class OwnStops:
         self._seen.setdefault(user.name, set()).add(user.last_activity)
 
     def see_after_stop(self, user: User, server_name: str, stopped: datetime) -> None:
-        """Remember the last activity right after it. `stopped`: the latest time at which the Hub may have stopped it."""
+        """Remember the last activity right after it. `stopped`: the latest time at which the stop may have been."""
         at = user.last_activity
         if at and at <= stopped and at != self._before.get((user.name, server_name)):
             self._caused.setdefault(user.name, set()).add(at)
@@ -1966,13 +1985,17 @@ class Culling:
             return event
 
         for event in in_parallel(attempt, decisions, self.settings.concurrency):
-            if event.outcome is not Outcome.PLANNED:
-                self.unanswered = self.unanswered + 1 if event.error and event.error.affects_all else 0
-            if event.error and self.unanswered == max(UNANSWERED, 2 * self.settings.concurrency):
-                self.ended = True
-                ending = HubError(f"the pass ends after {self.unanswered} failures in a row; the last: {event.error}")
-                event = event._replace(error=ending)
-            yield event
+            yield self._end_if_unanswered(event)
+
+    def _end_if_unanswered(self, event: Event) -> Event:
+        """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
+        if event.outcome is not Outcome.PLANNED:
+            self.unanswered = self.unanswered + 1 if event.error and event.error.affects_all else 0
+        if not event.error or self.unanswered != max(UNANSWERED, 2 * self.settings.concurrency):
+            return event
+        self.ended = True
+        sentence = f"the pass ends after {self.unanswered} failures in a row; the last: {event.error}"
+        return event._replace(error=HubError(sentence))
 
     def _is_over(self) -> bool:
         """True if nothing new may be started."""
@@ -2097,8 +2120,8 @@ class Culling:
         kind = f"the Hub answered {answer.status}"
         refused = answer.status in (401, 403)
         if refused:
-            help = extra_role(self.identity, [scopes[-1]]) if self.identity else "its owner must be an admin"
-            sentence += f"; the token needs the scope {scopes[-1]}: {help}"
+            advice = extra_role(self.identity, [scopes[-1]]) if self.identity else "its owner must be an admin"
+            sentence += f"; the token needs the scope {scopes[-1]}: {advice}"
         elif answer.status == 404 and answer.error:
             filtered = self.identity.filtered(*scopes) if self.identity else []
             scope = " and ".join(filtered) or f"a filtered scope, such as {scopes[0]}!group=…,"
