@@ -110,7 +110,7 @@ def test_a_pass_writes_its_metrics(hub: RealHub, cull_real: Cull, file: Path) ->
         "cull_idle_warned_servers_total": 1,
         "cull_idle_asked_servers": 0,
         "cull_idle_busy_servers": 0,
-        "cull_idle_silent_servers": 0,
+        "cull_idle_no_answer_servers": 0,
         "cull_idle_running_servers": 5,
         "cull_idle_idle_servers": 3,
         "cull_idle_planned": 5,

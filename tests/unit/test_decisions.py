@@ -12,14 +12,14 @@ from cull_idle import (
     IdleBy,
     Limit,
     Policy,
-    Said,
+    SaidBy,
     Server,
-    Source,
     User,
+    Word,
+    is_worth_asking,
     judge_server,
     judge_user,
-    with_word_of,
-    worth_asking,
+    with_word,
 )
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
@@ -144,22 +144,22 @@ def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(serv
 
 
 @pytest.mark.parametrize(
-    ("idle_by", "said", "idle", "source"),
+    ("idle_by", "word", "idle", "said_by"),
     [
-        (IdleBy.BOTH, Said(Source.SERVER, HOUR), HOUR, Source.SERVER),
-        (IdleBy.BOTH, Said(Source.SERVER, 2.5 * HOUR), 2 * HOUR, Source.HUB),
-        (IdleBy.SERVER, Said(Source.SERVER, 2.5 * HOUR), 2.5 * HOUR, Source.SERVER),
-        (IdleBy.SERVER, Said(Source.SERVER, 4 * HOUR), 3 * HOUR, Source.SERVER),
-        (IdleBy.KERNELS, Said(Source.KERNEL), 3 * HOUR, Source.KERNEL),
-        (IdleBy.KERNELS, Said(Source.BUSY_KERNEL, timedelta(0)), timedelta(0), Source.BUSY_KERNEL),
-        (IdleBy.SERVER, Said(Source.SILENT), 2 * HOUR, Source.SILENT),
+        (IdleBy.BOTH, Word(SaidBy.SERVER, HOUR), HOUR, SaidBy.SERVER),
+        (IdleBy.BOTH, Word(SaidBy.SERVER, 2.5 * HOUR), 2 * HOUR, SaidBy.HUB),
+        (IdleBy.SERVER, Word(SaidBy.SERVER, 2.5 * HOUR), 2.5 * HOUR, SaidBy.SERVER),
+        (IdleBy.SERVER, Word(SaidBy.SERVER, 4 * HOUR), 3 * HOUR, SaidBy.SERVER),
+        (IdleBy.KERNELS, Word(SaidBy.KERNEL), 3 * HOUR, SaidBy.KERNEL),
+        (IdleBy.KERNELS, Word(SaidBy.BUSY_KERNEL, timedelta(0)), timedelta(0), SaidBy.BUSY_KERNEL),
+        (IdleBy.SERVER, Word(SaidBy.NO_ANSWER), 2 * HOUR, SaidBy.NO_ANSWER),
     ],
 )
 def test_the_servers_word_becomes_its_last_activity(
-    idle_by: IdleBy, said: Said, idle: timedelta, source: Source
+    idle_by: IdleBy, word: Word, idle: timedelta, said_by: SaidBy
 ) -> None:
-    heard = with_word_of(server(2 * HOUR, 3 * HOUR), said, idle_by, NOW)
-    assert (heard.last_activity, heard.source) == (NOW - idle, source)
+    heard = with_word(server(2 * HOUR, 3 * HOUR), word, idle_by, NOW)
+    assert (heard.last_activity, heard.said_by) == (NOW - idle, said_by)
 
 
 @pytest.mark.parametrize(
@@ -180,4 +180,4 @@ def test_the_servers_word_becomes_its_last_activity(
 def test_a_server_is_asked_only_if_its_word_can_decide(
     age: timedelta | None, fields: dict[str, Any], policy: dict[str, Any], worth: bool
 ) -> None:
-    assert worth_asking(server(2 * HOUR, age, **fields), POLICY._replace(**policy), NOW) == worth
+    assert is_worth_asking(server(2 * HOUR, age, **fields), POLICY._replace(**policy), NOW) == worth
