@@ -121,7 +121,7 @@ def test_what_the_hub_calls_active_is_stopped_only_if_its_word_does_not_count(
 
 
 def test_a_server_is_not_idle_for_longer_than_it_runs(cull_asking: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=60, age=HOUR + 90, says=FakeJupyter("0001-01-01T00:00:00+14:00"))
+    scripted.add("ann", idle=60, age=HOUR + 90, says=FakeJupyter("0001-01-01T00:00:00Z"))
     assert "idle 1h01m" in cull_asking("--idle-by=server").err
 
 
