@@ -539,7 +539,7 @@ class Word(NamedTuple):
 
 
 def with_word(server: Server, word: Word, idle_by: IdleBy, now: datetime) -> Server:
-    """The server with the last activity that counts by --idle-by. None is idle for longer than it has been running."""
+    """The server with the last activity that counts by --idle-by. It is idle for as long as it runs, at most."""
     if word.said_by is SaidBy.NO_ANSWER:
         return server._replace(said_by=word.said_by)
     running = max(now - (server.started or server.last_activity or now), ZERO)
@@ -2149,7 +2149,7 @@ class Findings:
         return {(server.user, server.name): server for server in heard}
 
     def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
-        """The server with its own word. It is in doubt if the Hub makes no token. Raises HubError if none is made."""
+        """The server with its own word; in doubt if the Hub makes no token for it. Raises HubError if it makes none."""
         if asking.stop.is_set():
             return server._replace(doubt="not asked, because the pass is told to stop")
         try:
@@ -2334,7 +2334,7 @@ class Culling:
                 yield event
         if error and self.asking and not self.asking.address_is_right:
             raise error
-        # Others have answered, so the address is right, and these servers are at fault.
+        # Another server has answered, so the address is right.
         yield from self._in_parallel(self._cull_server, undecided)
 
     def _in_parallel(
