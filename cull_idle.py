@@ -260,6 +260,17 @@ def format_time(moment: datetime) -> str:
 # ---- Servers and users: the Hub's JSON as typed values
 
 
+class SaidBy(enum.Enum):
+    """Whose word a server's last activity is; the values are words for a log line."""
+
+    HUB = ""
+    NO_ANSWER = "says the Hub, because the server gave no answer"
+    SERVER = "says the server"
+    KERNEL = "say its kernels"
+    BUSY_KERNEL = "says a busy kernel"
+    TERMINAL = "say its terminals"
+
+
 class Server(NamedTuple):
     """A server that the Hub does not call stopped."""
 
@@ -272,6 +283,7 @@ class Server(NamedTuple):
     doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
     model: Mapping[str, Any]  # as the Hub has it, for rules and an arbiter
     user_model: Mapping[str, Any]
+    said_by: SaidBy = SaidBy.HUB  # whose word last_activity is
 
     @property
     def full_name(self) -> str:
@@ -398,6 +410,15 @@ def read_server(user: str, name: str, model: object, user_model: Mapping[str, ob
 # ---- Decisions: pure, from a server or user, a policy and the Hub's clock
 
 
+class IdleBy(enum.StrEnum):
+    """Whose word about a server's last activity counts (--idle-by)."""
+
+    HUB = "hub"  # the Hub's
+    BOTH = "both"  # the later of the Hub's and the server's own
+    SERVER = "server"  # the server's own
+    KERNELS = "kernels"  # that of the server's kernels and terminals
+
+
 class Limit(NamedTuple):
     """A duration from which on something is due, and where it comes from."""
 
@@ -429,19 +450,39 @@ class Verdict(NamedTuple):
     age: timedelta | None = None
     limit: Limit | None = None
     doubt: bool = False  # kept only because something is not understood
+    said_by: SaidBy = SaidBy.HUB  # whose word the idle time is
 
     @property
     def reason(self) -> str:
-        """The reason as a log line shows it: `idle 2h03m, limit 1h`."""
+        """The reason as a log line shows it: `idle 2h03m, limit 1h`, `terminal active 2m ago, limit 1h`."""
         if self.because == "idle" and self.idle is not None:
-            return f"idle {short(self.idle)}, {self.limit}"
+            if self.said_by in ACTIVE and not self.cull:
+                return f"{self.activity}, {self.limit}"
+            says = f", {self.said_by.value}" if self.said_by.value else ""
+            return f"idle {short(self.idle)}, {self.limit}{says}"
         if self.because == "age" and self.age is not None:
             return f"age {short(self.age)}, {self.limit}"
         return self.because
 
+    @property
+    def activity(self) -> str:
+        """What was active last, and when: `active again 4s ago, says the server`."""
+        what = ACTIVE.get(self.said_by, "active again")
+        if self.said_by is SaidBy.BUSY_KERNEL or self.idle is None:
+            return what
+        says = f", {self.said_by.value}" if self.said_by is SaidBy.SERVER else ""
+        return f"{what} {short(self.idle)} ago{says}"
+
     def kept(self, because: str) -> Verdict:
         """The same figures, but kept, for this reason."""
         return self._replace(cull=False, because=because)
+
+
+ACTIVE = {
+    SaidBy.KERNEL: "kernel active",
+    SaidBy.BUSY_KERNEL: "kernel busy",
+    SaidBy.TERMINAL: "terminal active",
+}
 
 
 def compare_with_limits(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
@@ -459,7 +500,7 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
         return Verdict(False, server.doubt, doubt=True)
-    verdict = compare_with_limits(server.last_activity, server.started, policy, now)
+    verdict = compare_with_limits(server.last_activity, server.started, policy, now)._replace(said_by=server.said_by)
     if server.pending:
         return verdict.kept(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
@@ -498,6 +539,31 @@ def due_within(
     due = min(since + limit for since, limit in limits if since and limit <= now + within - since)
     then = judge_server(server, policy, due)
     return due, verdict._replace(because=then.because, limit=then.limit)
+
+
+class Word(NamedTuple):
+    """What a server says about its last activity."""
+
+    said_by: SaidBy
+    idle: timedelta | None = None  # by the server's own clock; None for no kernel and no terminal, or no answer
+
+
+def with_word(server: Server, word: Word, idle_by: IdleBy, now: datetime) -> Server:
+    """The server with the last activity that counts by --idle-by. It is idle for as long as it runs, at most."""
+    if word.said_by is SaidBy.NO_ANSWER:
+        return server._replace(said_by=word.said_by)
+    running = max(now - (server.started or server.last_activity or now), ZERO)
+    active = now - (running if word.idle is None else min(word.idle, running))
+    if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
+        return server
+    return server._replace(last_activity=active, said_by=word.said_by)
+
+
+def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
+    """True if the server's word can decide: it is due if idle since its start, and kept if active now."""
+    idle = server._replace(last_activity=server.started or server.last_activity)
+    active = server._replace(last_activity=now)
+    return judge_server(idle, policy, now).cull and not judge_server(active, policy, now).cull
 
 
 # ---- Rules: exceptions for some servers and users
@@ -949,6 +1015,16 @@ class Settings:
         " some of them, and returns whether to cull.",
         type=TextType(load_arbiter, "MODULE:FUNC|FILE.py:FUNC"),
     )
+    idle_by: IdleBy = option(
+        WHAT,
+        "Whose word about a server's last activity counts: `hub`, the Hub's, which is late and knows nothing of busy"
+        " kernels; `both`, the later of the Hub's and the server's own, which is asked before it is stopped; `server`,"
+        " the server's own alone; `kernels`, that of its kernels and terminals alone, so whoever only writes text"
+        " counts as idle. All but `hub` need the scope tokens.",
+        type=click.Choice(IdleBy, case_sensitive=False),
+        default="hub",
+        metavar="|".join(IdleBy),
+    )
     max_culls: Fuse | None = option(
         WHAT,
         "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
@@ -975,6 +1051,12 @@ class Settings:
         envvar=["JUPYTERHUB_API_URL"],
         type=TextType(parse_url, "URL"),
         default="http://127.0.0.1:8081/hub/api",
+    )
+    servers_url: str | None = option(
+        HUB,
+        "Where --idle-by asks servers: what comes before /user/… in their address.  [default: as the Hub knows it, or"
+        " --url without /hub/api]",
+        type=TextType(parse_url, "URL"),
     )
     token_file: str | None = option(
         HUB,
@@ -1046,6 +1128,27 @@ class Settings:
         return "error" if self.quiet else "info"
 
     @property
+    def changes_something(self) -> bool:
+        """False if the program only looks."""
+        return not self.dry_run and self.explain is None
+
+    @property
+    def asks_while_scanning(self) -> bool:
+        """True if the Hub's word does not count."""
+        return self.idle_by in (IdleBy.SERVER, IdleBy.KERNELS)
+
+    @property
+    def asks_servers(self) -> bool:
+        """True if servers are asked. To be asked counts as activity, so `both` asks only before a server is stopped."""
+        return self.asks_while_scanning or (self.idle_by is IdleBy.BOTH and self.changes_something)
+
+    @property
+    def servers_root(self) -> str:
+        """What comes before /user/… in the address of a server, as far as the Hub does not tell."""
+        public = os.environ.get("JUPYTERHUB_PUBLIC_HUB_URL", "").rstrip("/").removesuffix("/hub")
+        return self.servers_url or public or self.url.removesuffix("/hub/api")
+
+    @property
     def idle_steps(self) -> list[timedelta]:
         """The idle times for which servers are counted."""
         if self.dry_run:
@@ -1067,6 +1170,13 @@ class Settings:
         return (
             judge_with_arbiter(server, policy, self.arbiter, now) if self.arbiter else judge_server(server, policy, now)
         )
+
+    def is_worth_asking(self, server: Server, now: datetime) -> bool:
+        """True if what the server says can decide. Raises UnreadableError."""
+        policy = self.server_policies.find(server)
+        if self.arbiter:  # nobody knows from which idle time on it says cull
+            policy = policy._replace(timeout=Limit(timedelta.resolution))
+        return is_worth_asking(server, policy, now)
 
     def judge_user(self, user: User, now: datetime) -> Verdict:
         """Decide about a user by options and rules. Raises UnreadableError."""
@@ -1132,6 +1242,8 @@ LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has som
 CONNECT_SECONDS = 10.0
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
 TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
+SCOPES_OF_ALL = ("read:users:name", "read:users:groups")  # JupyterHub adds them to each token
+NEEDS_HUB_3 = "--idle-by needs JupyterHub 3 or later"
 TOKEN_HINT = (
     "the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub 2.0: be an admin)"
 )
@@ -1235,6 +1347,14 @@ class Identity(NamedTuple):
         return sorted(each for each in self.scopes if "!" in each and each.partition("!")[0] in scopes)
 
 
+class ServerToken(NamedTuple):
+    """A token that opens one server and nothing else."""
+
+    user: str
+    id: str
+    token: str
+
+
 class Look(NamedTuple):
     """What the Hub says of one user."""
 
@@ -1334,6 +1454,41 @@ class Hub:
         """Tell the Hub to delete a user. The Hub would stop a server of the user's first."""
         return self._request("DELETE", f"/users/{segment(name)}")
 
+    def make_token(self, server: Server, lifetime: timedelta) -> ServerToken | None:
+        """Make a token for one server: JupyterHub 3 and later can.
+
+        None if the Hub refuses: the user is gone, or not covered by a filtered scope such as `tokens!group=…`.
+        """
+        self.check_path_safe(server.user)
+        path = f"/users/{segment(server.user)}/tokens"
+        scope = f"access:servers!server={server.user}/{server.name}"
+        # JupyterHub does not count what a token with such a note does as an activity of its user.
+        note = f"Server at {server.full_name}: idle?"
+        body = {"scopes": [scope], "note": note, "expires_in": round(lifetime.total_seconds())}
+        answer = self._request("POST", path, body=body)
+        if answer.status in (400, 403, 404):
+            return None
+        try:
+            model = answer.json()
+            token = ServerToken(server.user, str(model["id"]), str(model["token"]))
+            granted = {str(each) for each in model.get("scopes") or ()}
+        except (ValueError, LookupError, TypeError, RecursionError):
+            kind = f"POST /users/…/tokens: the Hub answered {answer.status}, and no token"
+            raise HubError(f"POST {path}: the Hub {answer}, and no token", kind) from None
+        if {each for each in granted if each.partition("!")[0] not in SCOPES_OF_ALL} != {scope}:
+            self.revoke_token(token)
+            raise HubError(
+                "servers cannot be asked: the Hub has made a token that opens more than one server; it is revoked,"
+                f" and was not used; {NEEDS_HUB_3}",
+                refused=True,
+            )
+        return token
+
+    def revoke_token(self, token: ServerToken) -> None:
+        """Revoke a token that was made for a server. If that fails, it expires."""
+        with contextlib.suppress(HubError):
+            self._request("DELETE", f"/users/{segment(token.user)}/tokens/{segment(token.id)}")
+
     def identity(self) -> Identity | None:
         """Whose the token is, and its scopes; None from Hubs that cannot tell (before 2.0)."""
         answer = self._request("GET", "/user")
@@ -1411,19 +1566,23 @@ class Hub:
 
     @cached_property
     def _transport(self) -> dict[str, Any]:
-        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
-        import requests
-
-        verify: Any = self._certificate.ca if self._certificate else None
-        cert = (self._certificate.cert, self._certificate.key) if self._certificate else None
-        if not self.url.startswith("https:"):
-            return {"verify": verify, "cert": cert}
-        found = requests.Session().merge_environment_settings(self.url, {}, None, verify, cert)
-        return {key: found[key] for key in ("verify", "cert", "proxies")}
+        return transport(self.url, self._certificate)
 
     @cached_property
     def _adapter(self) -> requests.adapters.HTTPAdapter:
         return adapter_with_deadline()
+
+
+def transport(url: str, certificate: ClientCertificate | None = None) -> dict[str, Any]:
+    """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
+    import requests
+
+    verify: Any = certificate.ca if certificate else None
+    cert = (certificate.cert, certificate.key) if certificate else None
+    if not url.startswith("https:"):
+        return {"verify": verify, "cert": cert}
+    found = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
+    return {key: found[key] for key in ("verify", "cert", "proxies")}
 
 
 class DeadlineReader(io.RawIOBase):
@@ -1626,6 +1785,8 @@ def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
 def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> list[str]:
     """The scopes that the token lacks for a pass with these settings; `to_cull`: for one that changes something."""
     needed = ["list:users", "read:servers", *settings.rule_scopes]
+    if settings.asks_while_scanning or (to_cull and settings.idle_by is IdleBy.BOTH):
+        needed.append("tokens")
     if to_cull:
         needed.append("delete:servers")
         if settings.cull_users and not identity.may("delete:users"):
@@ -1635,12 +1796,168 @@ def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> 
 
 def check_scopes(identity: Identity, settings: Settings) -> None:
     """Raise HubError, with the role that would help, if the token may not do what the settings need."""
-    changes_something = not settings.dry_run and settings.explain is None
-    if missing := missing_scopes(identity, settings, to_cull=changes_something):
+    if missing := missing_scopes(identity, settings, to_cull=settings.changes_something):
         raise HubError(
             f"the token of {identity.kind} {identity.name} lacks {' and '.join(missing)};"
             f" add to jupyterhub_config.py: {extra_role(identity, missing)}"
         )
+
+
+# ---- Servers asked: their own word about their last activity
+
+LARGEST_WORD = 1 << 20  # bytes of one answer; a Jupyter server sends some hundred
+SERVERS_HINT = (
+    "--servers-url must be what comes before /user/… in the address of a server: the proxy, not the Hub's own port"
+)
+
+
+class NoAnswer(Exception):
+    """A server gave no usable answer. The text never quotes the server, which may be hostile."""
+
+
+class WrongAddress(HubError):
+    """No server is where --servers-url leads, or one hostile server makes it look so."""
+
+
+class Asking:
+    """Asks servers for their last activity, as --idle-by says. Threads may share it.
+
+    A server runs whatever its user likes. So the culler's own token never goes there: each server gets a token that the
+    Hub makes for it, and that is revoked afterwards. All that a server answers is bounded in size and time.
+    https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
+    """
+
+    def __init__(self, hub: Hub, settings: Settings, stop: threading.Event, *, address_is_right: bool = False) -> None:
+        self.address_is_right = address_is_right  # a Jupyter server has answered there
+        self.words: dict[tuple[str, str], SaidBy] = {}  # what each server said last
+        self.first_problem = ""  # why a server gave no answer
+        self.stop = stop
+        self._hub = hub
+        self._settings = settings
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "_adapter" in vars(self):
+            self._adapter.close()
+
+    def check(self) -> None:
+        """Raise HubError if no server can be asked: the address is wrong, or the Hub too old."""
+        url = f"{self._settings.servers_root}/hub/api"
+        try:
+            version = str(self._get(url).json()["version"])
+            major = int(version.partition(".")[0])
+        except (NoAnswer, ValueError, LookupError, TypeError, RecursionError) as error:
+            why = f" {error}" if isinstance(error, NoAnswer) else " is not the API of a JupyterHub"
+            raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}") from None
+        if major < 3:
+            raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
+
+    def ask(self, server: Server) -> Word:
+        """Ask one server. Raises HubError if the Hub makes no token, and WrongAddress."""
+        try:
+            word = self._ask(server)
+        except NoAnswer as error:
+            word = Word(SaidBy.NO_ANSWER)
+            self.first_problem = self.first_problem or f"{server.full_name} {error}"
+        self.words[server.user, server.name] = word.said_by
+        return word
+
+    def _ask(self, server: Server) -> Word:
+        """Ask with a token of its own. Raises NoAnswer."""
+        token = self._hub.make_token(server, 3 * self._settings.request_timeout + timedelta(minutes=1))
+        if not token:
+            raise NoAnswer("is not asked: its user is gone, or the culler's scope tokens does not cover them")
+        address = server_address(server, self._settings)
+        try:
+            words = read_words(self._get(f"{address}/api/kernels", token), SaidBy.KERNEL)
+            self.address_is_right = True
+            if words[:1] != [BUSY]:
+                terminals = self._get(f"{address}/api/terminals", token, optional=True)
+                words += read_words(terminals, SaidBy.TERMINAL)
+                if self._settings.idle_by is not IdleBy.KERNELS:
+                    words += read_words(self._get(f"{address}/api/status", token), SaidBy.SERVER)
+        finally:
+            self._hub.revoke_token(token)
+        return min(words, key=lambda word: word.idle or ZERO, default=Word(SaidBy.KERNEL))
+
+    def _get(self, url: str, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
+        """Send a GET that no server counts as activity. Raises NoAnswer and WrongAddress.
+
+        optional: 404 means that there is nothing to list.
+        """
+        import requests
+        from urllib3 import exceptions
+
+        headers = {"User-Agent": f"cull_idle/{__version__}", "Accept-Encoding": "identity"}
+        if token:
+            headers["Authorization"] = f"token {token.token}"
+        timeout = self._settings.request_timeout.total_seconds()
+        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        try:
+            prepared = requests.Request("GET", f"{url}?no_track_activity=1", headers=headers).prepare()
+            with self._adapter.send(prepared, stream=True, timeout=timeouts, **transport(url)) as response:
+                body = response.raw.read(LARGEST_WORD + 1, decode_content=False)
+        except (OSError, ValueError, exceptions.HTTPError) as error:
+            causes = causes_of(error)
+            unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError)
+            if is_among(causes, exceptions.SSLError, exceptions.ProxyError, *unreachable):
+                raise WrongAddress(f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}") from None
+            raise NoAnswer(f"gave no whole answer ({type(causes[-1]).__name__})") from None
+        if len(body) > LARGEST_WORD:
+            raise NoAnswer(f"answered more than {LARGEST_WORD >> 20} MiB")
+        status, where = response.status_code, response.headers.get("Location", "")
+        if status == 200 or (status == 404 and optional):
+            content = body if status == 200 else b"[]"
+            return Answer(status, content, parse_http_date(response.headers.get("Date")))
+        # The Hub's own port redirects so. So does the proxy if a server is gone, and so may a hostile server.
+        to_hub = 300 <= status < 400 and "/hub/user/" in where
+        if (to_hub or status in (401, 403)) and not self.address_is_right:
+            what = "leads to the Hub" if to_hub else f"answered {status} to a token made for it"
+            raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
+        raise NoAnswer(f"answered {status}")
+
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        return adapter_with_deadline()
+
+
+BUSY = Word(SaidBy.BUSY_KERNEL, ZERO)
+
+
+def read_words(answer: Answer, said_by: SaidBy) -> list[Word]:
+    """Read a server's status, or its list of kernels or terminals. A busy kernel is all there is to say then.
+
+    Only the server's own clock counts. A time in the future is now. Raises NoAnswer for what no Jupyter server answers.
+    """
+    words = []
+    try:
+        with parsing:
+            content = answer.json()
+        models = [content] if said_by is SaidBy.SERVER else content
+        if not isinstance(models, list):
+            raise TypeError
+        for model in models:
+            active = parse_time(model["last_activity"])
+            if model.get("execution_state") == "busy":
+                return [BUSY]
+            if active:
+                words.append(Word(said_by, max(answer.now - active, ZERO)))
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        raise NoAnswer("answered what no Jupyter server does") from None
+    return words
+
+
+def server_address(server: Server, settings: Settings) -> str:
+    """Where a server is: as --servers-url says, or as the Hub knows it (JupyterHub 5 with public_url, subdomains)."""
+    full_url, url = (str(server.model.get(key)).rstrip("/") for key in ("full_url", "url"))
+    if not settings.servers_url:
+        for known in (full_url, url):
+            if known.startswith(("http://", "https://")):
+                return known
+    # Only user/NAME/SERVER of the url: what comes before it may be different outside.
+    return "/".join([settings.servers_root, *url.split("/")[-3 if server.name else -2 :]])
 
 
 # ---- A pass: scan, decide, fuse, cull
@@ -1746,12 +2063,58 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
         size = usual if size * 8 >= (usual or 50) else size * 8
 
 
+def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
+    """Call a function for each item, in up to so many threads; yields the results as they come.
+
+    If the system refuses more threads, those that have started do all the work. An exception of the function is
+    raised here. Once the caller stops iterating, no other item is begun.
+    """
+    waiting = deque(items)
+    count = len(waiting)
+    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+    workers = []
+    for _ in range(min(threads, count)):
+        worker = threading.Thread(target=work_off, args=(function, waiting, done), name="cull_idle", daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # can't start new thread
+            break
+        workers.append(worker)
+    if not workers:
+        work_off(function, waiting, done)
+    try:
+        for _ in range(count):
+            result, error = done.get()
+            if error:
+                raise error
+            yield result  # type: ignore[misc]
+    finally:
+        waiting.clear()
+        for worker in workers:
+            worker.join()
+
+
+def work_off(function: Callable[[T], Result], waiting: deque[T], done: queue.SimpleQueue[Any]) -> None:
+    """Call the function for each item that waits; puts its result, or its exception, into `done`."""
+    while True:
+        try:
+            item = waiting.popleft()
+        except IndexError:
+            return
+        try:
+            done.put((function(item), None))
+        except BaseException as error:  # raised again by in_parallel
+            done.put((None, error))
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Findings:
     """What the scan found. Kept servers are only counted and reported, so memory stays flat."""
 
     settings: Settings
     on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None  # told of each that is kept
+    asking: Asking | None = None  # if servers are asked while scanning
+    wrong_address: WrongAddress | None = None  # what servers seem to be at
     complete: bool = False  # the whole list was read
     error: HubError | None = None  # why the list is not complete
     listed: int = 0  # users
@@ -1776,6 +2139,7 @@ class Findings:
             self._count_doubt("the user list", page.problem)
             return
         self.hub_time, self.hub_time_read = page.now, page.requested
+        asked = self._ask_servers(page, self.asking) if self.asking else {}
         for model in page.models:
             try:
                 user = read_user(model) if self.settings.cull_users else None
@@ -1784,9 +2148,33 @@ class Findings:
                 self._count_doubt("the Hub", str(error))
                 continue
             self.listed += 1
-            staying = [server for server in servers if not self._decide_server(server, page)]
+            heard = [asked.get((server.user, server.name), server) for server in servers] if asked else servers
+            staying = [server for server in heard if not self._decide_server(server, page)]
             if user and not staying:
                 self._decide_user(user, page)
+
+    def _ask_servers(self, page: Page, asking: Asking) -> dict[tuple[str, str], Server]:
+        """Ask the servers of a page whose word can decide; returns them with it. Raises HubError."""
+        by_then = page.now + (self.settings.warn_before or ZERO)
+        servers = [server for model in page.models if is_user(model) for server in read_servers(model)]
+        worth_it = [server for server in servers if self.settings.is_worth_asking(server, by_then)]
+        heard = in_parallel(partial(self._ask_server, asking, page.now), worth_it, self.settings.concurrency)
+        return {(server.user, server.name): server for server in heard}
+
+    def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
+        """The server with its own word; in doubt if the Hub makes no token for it. Raises HubError if it makes none."""
+        if asking.stop.is_set():
+            return server._replace(doubt="not asked, because the pass is told to stop")
+        try:
+            word = with_retries(partial(asking.ask, server), asking.stop)
+        except WrongAddress as error:
+            self.wrong_address = self.wrong_address or error
+            word = Word(SaidBy.NO_ANSWER)
+        except HubError as error:
+            if error.affects_all or error.refused:
+                raise
+            return server._replace(doubt=str(error))
+        return with_word(server, word, self.settings.idle_by, now)
 
     def _decide_server(self, server: Server, page: Page) -> bool:
         """Decide about a server; returns whether it is due."""
@@ -1856,12 +2244,13 @@ def scan_and_decide(
     settings: Settings,
     stop: threading.Event,
     on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None,
+    asking: Asking | None = None,
 ) -> Findings:
     """Read the whole user list and decide about all of it.
 
-    After an error, what was found so far may be stopped, but no user is deleted.
+    After an error, what was found so far may be stopped, but no user is deleted. Raises WrongAddress.
     """
-    findings = Findings(settings, on_kept, idle_for=dict.fromkeys(settings.idle_steps, 0))
+    findings = Findings(settings, on_kept, asking, idle_for=dict.fromkeys(settings.idle_steps, 0))
     try:
         for page in read_user_list(hub, settings, stop):
             findings.decide(page)
@@ -1869,51 +2258,9 @@ def scan_and_decide(
     except HubError as error:
         findings.error = error
         findings.users.clear()
+    if findings.wrong_address and asking and not asking.address_is_right:
+        raise findings.wrong_address
     return findings
-
-
-def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
-    """Call a function for each item, in up to so many threads; yields the results as they come.
-
-    If the system refuses more threads, those that have started do all the work. An exception of the function is
-    raised here. Once the caller stops iterating, no other item is begun.
-    """
-    waiting = deque(items)
-    count = len(waiting)
-    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
-    workers = []
-    for _ in range(min(threads, count)):
-        worker = threading.Thread(target=work_off, args=(function, waiting, done), name="cull_idle", daemon=True)
-        try:
-            worker.start()
-        except RuntimeError:  # can't start new thread
-            break
-        workers.append(worker)
-    if not workers:
-        work_off(function, waiting, done)
-    try:
-        for _ in range(count):
-            result, error = done.get()
-            if error:
-                raise error
-            yield result  # type: ignore[misc]
-    finally:
-        waiting.clear()
-        for worker in workers:
-            worker.join()
-
-
-def work_off(function: Callable[[T], Result], waiting: deque[T], done: queue.SimpleQueue[Any]) -> None:
-    """Call the function for each item that waits; puts its result, or its exception, into `done`."""
-    while True:
-        try:
-            item = waiting.popleft()
-        except IndexError:
-            return
-        try:
-            done.put((function(item), None))
-        except BaseException as error:  # raised again by in_parallel
-            done.put((None, error))
 
 
 class OwnStops:
@@ -1951,9 +2298,17 @@ class Culling:
     An event with the outcome PLANNED says that something is still due, and that nothing has been done about it.
     """
 
-    def __init__(self, hub: Hub, identity: Identity | None, findings: Findings, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        identity: Identity | None,
+        findings: Findings,
+        stop: threading.Event,
+        asking: Asking | None = None,
+    ) -> None:
         self.hub = hub
         self.identity = identity
+        self.asking = asking
         self.findings = findings
         self.settings = findings.settings
         self.stop = stop
@@ -1964,7 +2319,7 @@ class Culling:
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
         outcomes: dict[str, set[Outcome]] = {}  # of the servers, by user
-        for event in self._in_parallel(self._cull_server, self.findings.servers.values()):
+        for event in self._server_events():
             if isinstance(event.target, Server):
                 outcomes.setdefault(event.target.user, set()).add(event.outcome)
             if event.outcome is not Outcome.PLANNED:
@@ -1979,6 +2334,21 @@ class Culling:
         for event in self._in_parallel(self._cull_user, vacant):
             if event.outcome is not Outcome.PLANNED:
                 yield event
+
+    def _server_events(self) -> Iterator[Event]:
+        """Cull the servers. Raises WrongAddress if servers were to be asked and none was found."""
+        undecided: list[Decision[Server]] = []
+        error: HubError | None = None
+        for event in self._in_parallel(self._cull_server, self.findings.servers.values()):
+            if isinstance(event.error, WrongAddress) and isinstance(server := event.target, Server):
+                error = event.error
+                undecided.append(self.findings.servers[server.user, server.name])
+            else:
+                yield event
+        if error and self.asking and not self.asking.address_is_right:
+            raise error
+        # Another server has answered, so the address is right.
+        yield from self._in_parallel(self._cull_server, undecided)
 
     def _in_parallel(
         self, cull: Callable[[Decision[Target]], Event], decisions: Iterable[Decision[Target]]
@@ -2039,10 +2409,19 @@ class Culling:
             return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
             return event._replace(reason="it was started anew")
-        verdict = self.settings.judge_server(fresh, self.findings.plausible(now))
+        verdict = self._judge_server(fresh, self.findings.plausible(now))
         if not verdict.cull:
             return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
         return Event(server, Outcome.PLANNED, verdict.reason, verdict)
+
+    def _judge_server(self, server: Server, now: datetime) -> Verdict:
+        """Decide about a server, and ask it first if --idle-by says so. `both` asks only what the Hub calls idle."""
+        verdict = self.settings.judge_server(server, now)
+        wanted = verdict.cull or self.settings.asks_while_scanning  # there the Hub's word does not count
+        if self.asking and wanted and self.settings.is_worth_asking(server, now):
+            server = with_word(server, self.asking.ask(server), self.settings.idle_by, now)
+            verdict = self.settings.judge_server(server, now)
+        return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
         server = decision.target
@@ -2151,9 +2530,7 @@ class Culling:
 
 def why_spared(verdict: Verdict) -> str:
     """Why the second look spares what the scan found due."""
-    if verdict.because == "idle" and verdict.idle is not None:
-        return f"active again {short(verdict.idle)} ago"
-    return verdict.reason
+    return verdict.activity if verdict.because == "idle" else verdict.reason
 
 
 # ---- What a pass came to
@@ -2173,6 +2550,9 @@ class PassResult:
     outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, but for deleted users
     deleted: int = 0  # users
     warned: int = 0
+    asked: int = 0  # servers
+    busy: int = 0  # of these, with a busy kernel
+    no_answer: int = 0  # of these, without a usable answer
     seconds: float = 0
     refused: bool = False  # the token may not do what was due
     errors: list[CullError] = dataclasses.field(default_factory=list)  # of the whole pass
@@ -2192,6 +2572,12 @@ class PassResult:
         if findings.error:
             self.errors.append(findings.error)
 
+    def add_words(self, asking: Asking) -> None:
+        """Count the servers that were asked."""
+        words = Counter(asking.words.values())
+        self.asked = words.total()
+        self.busy, self.no_answer = words[SaidBy.BUSY_KERNEL], words[SaidBy.NO_ANSWER]
+
     def count(self, event: Event) -> None:
         """Count an event."""
         self.refused = self.refused or bool(event.error and event.error.refused)
@@ -2206,7 +2592,8 @@ class PassResult:
     def counts(self) -> dict[str, int]:
         """What became of how many, in the words of the log."""
         outcomes = {str(outcome): self.outcomes[outcome] for outcome in OUTCOMES_OF_DUE}
-        return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned}
+        asked = {"asked": self.asked, "busy": self.busy, "no answer": self.no_answer}
+        return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned, **asked}
 
     @property
     def exit_code(self) -> Exit:
@@ -2483,6 +2870,8 @@ def show_plan(
         findings.check_fuse()
     except FuseBlownError as error:
         lines += wrap(f"But {error}.", width)
+    if findings.servers and settings.idle_by is IdleBy.BOTH:
+        lines += wrap("But --idle-by both asks each of them before, and spares those in use.", width)
     if missing and findings.due:
         lines += wrap(f"But the token lacks {' and '.join(missing)}: a real pass would stop nothing.", width)
     if findings.running:
@@ -2626,6 +3015,10 @@ def metrics_of(result: PassResult, last_success: float) -> Iterator[Metric]:
     yield Metric("outcomes_total", "What became of due servers, and of due users who were not deleted.", outcomes)
     yield Metric("deleted_users_total", "Users who were deleted.", {"": result.deleted})
     yield Metric("warned_servers_total", "Servers that --warn-before reported.", {"": result.warned})
+    no_answer = "Servers asked in the last pass that gave no usable answer."
+    yield Metric("asked_servers", "Servers that --idle-by asked in the last pass.", {"": result.asked})
+    yield Metric("busy_servers", "Servers asked in the last pass that had a busy kernel.", {"": result.busy})
+    yield Metric("no_answer_servers", no_answer, {"": result.no_answer})
     yield Metric("pass_duration_seconds", "Time that the last pass took.", {"": result.seconds})
     yield Metric("last_pass_timestamp_seconds", "When the last pass ended.", {"": ended})
     success = "When the last pass ended that did all it set out to do."
@@ -2819,7 +3212,7 @@ def show_explanation(facts: Iterable[tuple[str, str]]) -> None:
         click.echo(f"{label:{LABEL_WIDTH}}" + f"\n{'':{LABEL_WIDTH}}".join(lines))
 
 
-def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]]:
+def explain(hub: Hub, settings: Settings, name: str, asking: Asking | None) -> Iterator[tuple[str, str]]:
     """What decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
 
     Raises CullError.
@@ -2837,13 +3230,15 @@ def explain(hub: Hub, settings: Settings, name: str) -> Iterator[tuple[str, str]
     difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
     yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
     yield "clock", format_time(now) + (f", {difference} this machine's" if abs(ahead) > 1 else "")
-    yield from explain_server(user, server_name, settings, now)
+    yield from explain_server(user, server_name, settings, now, asking)
     if settings.cull_users and not server_name:
         yield from explain_user(user, settings, now)
 
 
-def explain_server(user: User, name: str, settings: Settings, now: datetime) -> Iterator[tuple[str, str]]:
-    """What decides about a server of a user."""
+def explain_server(
+    user: User, name: str, settings: Settings, now: datetime, asking: Asking | None
+) -> Iterator[tuple[str, str]]:
+    """What decides about a server of a user. Raises HubError if the server is to be asked and cannot be."""
     server = user.server(name)
     if server is None:
         full_name = printable(f"{user.name}/{name}" if name else user.name)
@@ -2851,8 +3246,13 @@ def explain_server(user: User, name: str, settings: Settings, now: datetime) -> 
         yield "server", f"{full_name} is not running" + (f", only {others}" if others else "")
         yield "verdict", "nothing to stop"
         return
-    verdict = settings.judge_server(server, now)
     yield "server", server.full_name
+    if settings.idle_by is IdleBy.BOTH:
+        yield "asked", "no: that counts as activity, so it is asked only before it is stopped"
+    elif asking and settings.is_worth_asking(server, now):
+        server = with_word(server, asking.ask(server), settings.idle_by, now)
+        yield "asked", f"no answer: {asking.first_problem}" if asking.first_problem else "yes"
+    verdict = settings.judge_server(server, now)
     ready = "yes" if server.ready else "unknown" if server.doubt else "no"
     yield "ready", ready + (f", pending {one_line(server.pending, 20)}" if server.pending else "")
     yield from explain_times(server.last_activity, "started", server.started, verdict)
@@ -3013,6 +3413,7 @@ class Culler:
         self._token_problem = ""  # why the last token is still used
         self._identity: Identity | None = None
         self._scopes_checked = False
+        self._address_is_right = False  # a server has answered at --servers-url
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
@@ -3047,7 +3448,8 @@ class Culler:
         """Explain one decision. Raises CullError."""
         with self._open_hub() as hub:
             self._check_scopes(hub)
-            show_explanation(explain(hub, self.settings, name))
+            with self._asking(hub) as asking:
+                show_explanation(explain(hub, self.settings, name, asking))
         return Exit.DONE
 
     def make_pass(self) -> PassResult:
@@ -3057,36 +3459,55 @@ class Culler:
         try:
             with self._open_hub() as hub:
                 self._check_scopes(hub)
-                if self.settings.dry_run:
-                    self._plan(hub, result)
-                else:
-                    self._cull(hub, result)
+                with self._asking(hub, result) as asking:
+                    if self.settings.dry_run:
+                        self._plan(hub, result, asking)
+                    else:
+                        self._cull(hub, result, asking)
         except CullError as error:
             result.errors.append(error)
         result.seconds = time.monotonic() - began
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
 
-    def _cull(self, hub: Hub, result: PassResult) -> None:
+    @contextlib.contextmanager
+    def _asking(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asking | None]:
+        """What asks servers, if they are to be asked; in the end the result counts them. Raises HubError."""
+        if not self.settings.asks_servers:
+            yield None
+            return
+        with Asking(hub, self.settings, self.stop, address_is_right=self._address_is_right) as asking:
+            asking.check()
+            try:
+                yield asking
+            finally:
+                self._address_is_right = asking.address_is_right
+                if result:
+                    result.add_words(asking)
+                if result and result.no_answer:
+                    count = f"{result.no_answer} of {result.asked} servers asked gave no answer"
+                    self.log.say("warning", f"{count}, so the Hub's word counts; the first: {asking.first_problem}")
+
+    def _cull(self, hub: Hub, result: PassResult, asking: Asking | None) -> None:
         """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
-        findings = self._scan(hub, result, self.log.kept if self.settings.level == "debug" else None)
+        findings = self._scan(hub, result, self.log.kept if self.settings.level == "debug" else None, asking)
         with self._notices() as notices, self.log.progress(findings.due):
-            for event in self._events(hub, findings):
+            for event in self._events(hub, findings, asking):
                 result.count(event)
                 self.log.event(event)
                 self.json_lines.event(event)
                 if notices:
                     notices.send(event)
 
-    def _events(self, hub: Hub, findings: Findings) -> Iterator[Event]:
+    def _events(self, hub: Hub, findings: Findings, asking: Asking | None) -> Iterator[Event]:
         yield from self._new_warnings(findings)
         findings.check_fuse()
-        yield from Culling(hub, self._identity, findings, self.stop).events()
+        yield from Culling(hub, self._identity, findings, self.stop, asking).events()
 
-    def _plan(self, hub: Hub, result: PassResult) -> None:
+    def _plan(self, hub: Hub, result: PassResult, asking: Asking | None) -> None:
         """Scan, decide and show. Raises CullError."""
         kept: list[Decision[Server] | Decision[User]] = []
-        findings = self._scan(hub, result, kept.append if self.settings.level == "debug" else None)
+        findings = self._scan(hub, result, kept.append if self.settings.level == "debug" else None, asking)
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
@@ -3095,9 +3516,14 @@ class Culler:
             show_plan(findings, kept, missing, self.settings)
 
     def _scan(
-        self, hub: Hub, result: PassResult, on_kept: Callable[[Decision[Server] | Decision[User]], None] | None
+        self,
+        hub: Hub,
+        result: PassResult,
+        on_kept: Callable[[Decision[Server] | Decision[User]], None] | None,
+        asking: Asking | None,
     ) -> Findings:
-        findings = scan_and_decide(hub, self.settings, self.stop, on_kept)
+        while_scanning = asking if self.settings.asks_while_scanning else None
+        findings = scan_and_decide(hub, self.settings, self.stop, on_kept, while_scanning)
         result.add_findings(findings)
         result.version = hub.version
         if findings.doubts:
@@ -3162,7 +3588,7 @@ class Culler:
 
     def _check_scopes(self, hub: Hub) -> None:
         """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""
-        if self._scopes_checked:
+        if self._scopes_checked and not self.settings.asks_servers:  # without `tokens`, servers seem not to answer
             return
         try:
             self._identity = with_retries(hub.identity, self.stop)
@@ -3231,7 +3657,7 @@ def run(**values: Any) -> Exit:
 
 def warnings_about(settings: Settings) -> Iterator[str]:
     """What in the settings or the environment is probably not meant so."""
-    if ZERO < settings.timeout < ACTIVITY_INTERVAL:
+    if ZERO < settings.timeout < ACTIVITY_INTERVAL and settings.idle_by is IdleBy.HUB:
         yield (
             f"--timeout {format_duration(settings.timeout)} may stop servers in use: a Hub refreshes last_activity"
             " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe"

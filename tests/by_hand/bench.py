@@ -12,6 +12,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +95,33 @@ REFERENCE: Command = (PYTHON, "-c", REFERENCE_ONCE, *ARGUMENTS)
 
 
 # One process
+
+
+# The requests of --idle-by server, as requests' documentation shows them.
+BARE_QUESTIONS = """
+import os, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import requests
+
+hub, servers, count, workers = os.environ["JUPYTERHUB_API_URL"], sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+own = {"Authorization": "token " + os.environ["JUPYTERHUB_API_TOKEN"]}
+local = threading.local()
+
+def ask(index):
+    if not hasattr(local, "session"):
+        local.session = requests.Session()
+    user = f"user-{index}"
+    tokens = f"{hub}/users/{user}/tokens"
+    wanted = {"scopes": [f"access:servers!server={user}/"], "note": f"Server at {user}", "expires_in": 180}
+    made = local.session.post(tokens, headers=own, json=wanted).json()
+    headers = {"Authorization": "token " + made["token"]}
+    for what in ("kernels", "terminals", "status"):
+        local.session.get(f"{servers}/user/{user}/api/{what}?no_track_activity=1", headers=headers).json()
+    assert local.session.delete(f"{tokens}/{made['id']}", headers=own).status_code == 204
+
+with ThreadPoolExecutor(workers) as pool:
+    list(pool.map(ask, range(count)))
+"""
 
 
 class Run(NamedTuple):
@@ -358,10 +387,61 @@ def measure_real_scan(effort: Effort) -> Iterator[Line]:
     yield Line(work, "the pass alone", amount(median(passes), "s"), hubs, ratio(share), "≤ 1.05", share <= 1.05)
 
 
-def real_hub() -> RealHub:
+def measure_questions(effort: Effort) -> Iterator[Line]:
+    """--idle-by server: a real Hub, a real proxy, and a small server that answers as Jupyter does."""
+    servers = 50 if effort.quick else 200
+    small_jupyter = [PYTHON, str(ROOT / "tests/helpers/small_jupyter.py")]
+    with subprocess.Popen(small_jupyter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as small:
+        assert small.stdin
+        assert small.stdout
+        with real_hub(behind_proxy(int(small.stdout.readline()))) as hub:
+            small.stdin.write(f"{hub.url}\n")
+            small.stdin.flush()
+            hub.spawn_many([(f"user-{index}", "", {"idle_seconds": 7200}) for index in range(servers)])
+            ask = (*OURS, "--dry-run", "--json", "--idle-by=server", "--servers-url", hub.public_url)
+            bare = (PYTHON, "-c", BARE_QUESTIONS, hub.public_url, str(servers), str(CONCURRENCY))
+            spent = hub.cpu_seconds()
+            ours, other = in_turn(
+                (effort.runs, lambda: run(ask, hub.url, hub.culler_token)),
+                (effort.runs, lambda: run(bare, hub.url, hub.culler_token)),
+            )
+            spent = (hub.cpu_seconds() - spent) / (2 * effort.runs * servers)
+            assert all(json.loads(each.output.splitlines()[-1])["asked"] == servers for each in ours)
+            to_hub = len(re.findall(r" (?:POST|DELETE) \S+/tokens", hub.log()))
+        to_servers, _ = small.communicate()
+    each = (to_hub + int(to_servers)) / (2 * effort.runs * servers)
+    work = f"{servers} servers asked, `--idle-by server`, real Hub and proxy"
+    yield compare(work, "wall", middle(ours, wall), middle(other, wall), 1.3, of="a bare loop")
+    yield within(work, "requests for each server", each, 5, "")
+    yield Line(work, "the Hub's CPU for each server", amount(1000 * spent, "ms"), "")
+
+
+def behind_proxy(port: int) -> str:
+    """Configuration of a Hub whose servers are all at that port, behind a proxy."""
+    from hub import free_ports
+
+    proxy = shutil.which("configurable-http-proxy", path=str(Path(PYTHON).parent)) or "configurable-http-proxy"
+    return f"""
+from jupyterhub.proxy import ConfigurableHTTPProxy
+
+class SmallSpawner(doubles.DoubleSpawner):
+    async def start(self):
+        await super().start()
+        return "127.0.0.1", {port}
+
+c.JupyterHub.spawner_class = SmallSpawner
+c.JupyterHub.proxy_class = ConfigurableHTTPProxy
+c.Proxy.should_start = True
+c.ConfigurableHTTPProxy.command = [{proxy!r}]
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{free_ports(1)[0]}"
+c.JupyterHub.load_roles.append({{"name": "asker", "services": ["culler"], "scopes": ["tokens"]}})
+"""
+
+
+def real_hub(extra_config: str = "") -> RealHub:
     from hub import RealHub  # not before the memory of programs is measured: see run
 
-    return RealHub()
+    return RealHub(extra_config=extra_config)
 
 
 MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
@@ -373,6 +453,7 @@ MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
     "growth": measure_growth,
     "real-stops": measure_real_stops,
     "real-scan": measure_real_scan,
+    "questions": measure_questions,
 }
 
 NOTES = f"""
@@ -381,7 +462,8 @@ The reference has no --once: it is its whole program, with pycurl, ended after i
 100 s of stopping more than once, are not asked of it. "The file" is compiled at each start, "installed" is not; all
 passes are of what is installed. The
 bare loop is requests and json.loads over the same pages. "The pass alone" is without start-up; "the Hub" is the part
-of the same pass that was spent in waiting for what the Hub sends.
+of the same pass that was spent in waiting for what the Hub sends. Servers asked are one small program that answers as
+Jupyter does, behind PyPI's configurable-http-proxy; the bare loop is requests sending the same.
 """
 
 

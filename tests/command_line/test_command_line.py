@@ -11,7 +11,7 @@ from scripted_hub import LONG_AGO, ScriptedHub
 from settings import SettingsOf
 
 import cull_idle
-from cull_idle import NEVER, Settings
+from cull_idle import NEVER, IdleBy, Settings
 
 MINUTE = timedelta(minutes=1)
 
@@ -30,11 +30,13 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         user_max_age=None,
         rule=(),
         arbiter=None,
+        idle_by=IdleBy.HUB,
         max_culls=None,
         once=False,
         cull_every=None,
         dry_run=False,
         url="http://127.0.0.1:8081/hub/api",
+        servers_url=None,
         token_file=None,
         concurrency=10,
         api_page_size=200,

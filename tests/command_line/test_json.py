@@ -75,6 +75,7 @@ def events(**properties: Schema) -> list[Schema]:
 SERVER = events(event={"const": "server"}, user=NAME, server=NAME, action={"enum": ["stop", "remove"]})
 USER = events(event={"const": "user"}, user=NAME, server=NOTHING, action={"const": "delete"})
 COUNTS = ("culled", "stopping", "gone", "spared", "failed", "deleted", "left_undone", "warned")
+ASKED = ("asked", "busy", "no_answer")
 PASS = objects(
     event={"const": "pass"},
     started=TIME,
@@ -83,7 +84,7 @@ PASS = objects(
     running=COUNT,
     idle=COUNT,
     planned=COUNT,
-    **dict.fromkeys(COUNTS, COUNT),
+    **dict.fromkeys((*COUNTS, *ASKED), COUNT),
     seconds={"type": "number", "minimum": 0},
     dry_run={"type": "boolean"},
     error=MAYBE_TEXT,

@@ -58,6 +58,15 @@ Reply = Callable[["Exchange"], "Answer"]
 
 
 @dataclass
+class FakeJupyter:
+    """What a server says of itself; models as a Jupyter server has them, with times of any kind."""
+
+    last_activity: Time = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    terminals: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class FakeServer:
     """A server; times may be any text, and `extra` any keys of its JSON model."""
 
@@ -70,6 +79,7 @@ class FakeServer:
     state: dict[str, Any] = field(default_factory=dict)
     stop_seconds: float = 0.0
     stops: bool = True
+    says: FakeJupyter = field(default_factory=FakeJupyter)
     extra: dict[str, Any] = field(default_factory=dict)
     down_at: float | None = None
 
@@ -427,6 +437,11 @@ class ScriptedHub:
         self.slow_stop = 10.0
         """Seconds for which a DELETE waits for the server to be down."""
         self.users: dict[str, FakeUser] = {}
+        self.leads_to_servers = True
+        """Whether it is a proxy, too, as a public address is; else it is the Hub's own port."""
+        self.tokens: dict[str, dict[str, Any]] = {}
+        """The models of tokens that were made and not revoked, by their ids."""
+        self.tokens_made = 0
         self.requests: list[Request] = []
         self.recording = True
         self.request_count = 0
@@ -575,6 +590,8 @@ class ScriptedHub:
                     self.in_flight -= 1
 
     def normal(self, request: Request) -> Answer:
+        if self.leads_to_servers and request.target.startswith("/user/"):
+            return self._server_says(request)
         if not request.target.startswith("/hub/"):
             return Answer(302, headers={"Location": "/hub" + request.target})
         if not re.match(PREFIX + r"([/?]|$)", request.target):
@@ -596,6 +613,10 @@ class ScriptedHub:
                 return self._allowed("read:users:name", "read:servers") or self._get_user(name)
             case "DELETE", "users", name:
                 return self._may("delete:users", name) or self._delete_user(name)
+            case "POST", "users", name, "tokens":
+                return self._may("tokens", name) or self._make_token(name, json.loads(request.body))
+            case "DELETE", "users", name, "tokens", token:
+                return self._may("tokens", name) or (Answer(204) if self.tokens.pop(token, None) else error(404))
             case "DELETE", "users", name, "server":
                 return self._may("delete:servers", name) or self._stop(name, "", request.body)
             case "DELETE", "users", name, "servers", server:
@@ -650,6 +671,35 @@ class ScriptedHub:
             page = {"offset": offset, "limit": limit, "total": total, "next": following}
             body = f'{{"items": {body}, "_pagination": {json.dumps(page)}}}'
         return Answer(200, body.encode(), {"Content-Type": "application/json"})
+
+    def _make_token(self, name: str, asked: Mapping[str, Any]) -> Answer:
+        if name not in self.users:
+            return error(403, f"Service {name} not found or no permissions to generate tokens")
+        with self._lock:
+            self.tokens_made += 1
+            model = {"user": name, "id": f"a{self.tokens_made}", "note": asked["note"]}
+        model["scopes"] = [f"read:users:name!user={name}", *asked["scopes"], f"read:users:groups!user={name}"]
+        model["token"] = f"token-{model['id']}-of-{quote(name)}"
+        self.tokens[model["id"]] = model
+        return as_json(201, model)
+
+    def _server_says(self, request: Request) -> Answer:
+        """What a server answers that is reached through the proxy."""
+        _, _, name, *server_name, _, what = (unquote(part) for part in request.target.partition("?")[0].split("/"))
+        user = self._find(name)
+        server = user.servers.get("".join(server_name)) if user else None
+        if server is None or not server.ready:
+            return Answer(302, headers={"Location": "/hub" + request.target})
+        scope = f"access:servers!server={name}/{server.name}"
+        words = request.headers.get("authorization", "").removeprefix("token ")
+        if not any(token["token"] == words and scope in token["scopes"] for token in self.tokens.values()):
+            return error(403, "Forbidden")
+        models: dict[str, Any] = {
+            "status": {"last_activity": server.says.last_activity or server.started},
+            "kernels": server.says.kernels,
+            "terminals": server.says.terminals,
+        }
+        return Answer(200, json.dumps(models[what], default=hub_time).encode(), {"Content-Type": "application/json"})
 
     def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
         """The users' models as JSON, and how many users the pages share.

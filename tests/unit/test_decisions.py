@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cull_idle import NEVER, Limit, Policy, Server, User, judge_server, judge_user
+from cull_idle import (
+    NEVER,
+    IdleBy,
+    Limit,
+    Policy,
+    SaidBy,
+    Server,
+    User,
+    Word,
+    is_worth_asking,
+    judge_server,
+    judge_user,
+    with_word,
+)
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -128,3 +141,43 @@ def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(serv
         measured = verdict.idle if verdict.because == "idle" else verdict.age
         assert measured is not None
         assert measured >= verdict.limit.duration
+
+
+@pytest.mark.parametrize(
+    ("idle_by", "word", "idle", "said_by"),
+    [
+        (IdleBy.BOTH, Word(SaidBy.SERVER, HOUR), HOUR, SaidBy.SERVER),
+        (IdleBy.BOTH, Word(SaidBy.SERVER, 2.5 * HOUR), 2 * HOUR, SaidBy.HUB),
+        (IdleBy.SERVER, Word(SaidBy.SERVER, 2.5 * HOUR), 2.5 * HOUR, SaidBy.SERVER),
+        (IdleBy.SERVER, Word(SaidBy.SERVER, 4 * HOUR), 3 * HOUR, SaidBy.SERVER),
+        (IdleBy.KERNELS, Word(SaidBy.KERNEL), 3 * HOUR, SaidBy.KERNEL),
+        (IdleBy.KERNELS, Word(SaidBy.BUSY_KERNEL, timedelta(0)), timedelta(0), SaidBy.BUSY_KERNEL),
+        (IdleBy.SERVER, Word(SaidBy.NO_ANSWER), 2 * HOUR, SaidBy.NO_ANSWER),
+    ],
+)
+def test_the_servers_word_becomes_its_last_activity(
+    idle_by: IdleBy, word: Word, idle: timedelta, said_by: SaidBy
+) -> None:
+    heard = with_word(server(2 * HOUR, 3 * HOUR), word, idle_by, NOW)
+    assert (heard.last_activity, heard.said_by) == (NOW - idle, said_by)
+
+
+@pytest.mark.parametrize(
+    ("age", "fields", "policy", "worth"),
+    [
+        (3 * HOUR, {}, {}, True),
+        (HOUR - SECOND, {}, {}, False),
+        (3 * HOUR, {"ready": False}, {}, False),
+        (3 * HOUR, {"pending": "stop"}, {}, False),
+        (3 * HOUR, {"doubt": "unknown"}, {}, False),
+        (3 * HOUR, {}, {"kept_by": "rule 1"}, False),
+        (3 * HOUR, {}, {"timeout": Limit(NEVER)}, False),
+        (3 * HOUR, {}, {"timeout": Limit(timedelta(0))}, False),  # due, whatever it says
+        (3 * HOUR, {}, {"max_age": Limit(2 * HOUR)}, False),
+        (None, {}, {}, True),
+    ],
+)
+def test_a_server_is_asked_only_if_its_word_can_decide(
+    age: timedelta | None, fields: dict[str, Any], policy: dict[str, Any], worth: bool
+) -> None:
+    assert is_worth_asking(server(2 * HOUR, age, **fields), POLICY._replace(**policy), NOW) == worth

@@ -101,6 +101,7 @@ class RealHub:
         self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
         port, public_port, server_port = free_ports(3)
         self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
+        self.public_url = f"http://127.0.0.1:{public_port}{base_url}".rstrip("/")  # if extra_config has a proxy there
         self._command = [python, "-c", START, "-f", str(CONFIG)]
         # Coverage, which would follow it into its processes, has it take a third longer.
         self._environment = {
@@ -190,6 +191,17 @@ class RealHub:
     def log(self) -> str:
         """All that the Hub has logged since the first start."""
         return (self._directory / "log").read_text("utf-8", "replace")
+
+    def cpu_seconds(self) -> float:
+        """What the Hub's process has used of the processor."""
+        assert self._process
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def directory(self) -> Path:
+        """Where the Hub runs."""
+        return self._directory
 
     @property
     def certificates(self) -> Path:
