@@ -2156,7 +2156,7 @@ class Findings:
     def _ask_servers(self, page: Page, asking: Asking) -> dict[tuple[str, str], Server]:
         """Ask the servers of a page whose word can decide; returns them with it. Raises HubError."""
         by_then = page.now + (self.settings.warn_before or ZERO)
-        servers = [server for model in page.models if is_user(model) for server in read_servers(model)]
+        servers = [server for model in page.models if name_of(model) for server in read_servers(model)]
         worth_it = [server for server in servers if self.settings.is_worth_asking(server, by_then)]
         heard = in_parallel(partial(self._ask_server, asking, page.now), worth_it, self.settings.concurrency)
         return {(server.user, server.name): server for server in heard}
