@@ -679,7 +679,7 @@ class Policies:
 
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
-        self._default = default
+        self.default = default
         fields = dict.fromkeys(field for rule, _ in rules for field, _ in rule.matches)
         self._fields = [field for field in fields if field != "user"]
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
@@ -687,7 +687,7 @@ class Policies:
     def find(self, target: Server | User) -> Policy:
         """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
         if not self._rules:
-            return self._default
+            return self.default
         values = tuple(readable_values(target, field) for field in self._fields)
         candidates = self._remembered.get(values)
         if candidates is None:
@@ -698,7 +698,7 @@ class Policies:
         for globs, policy in candidates:
             if all(glob.match(name) for glob in globs):
                 return policy
-        return self._default
+        return self.default
 
     def _matching(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy]]:
         """The rules that match these values, each as its globs for the user's name and its policy."""
@@ -1166,13 +1166,17 @@ class Settings:
 
     def judge_server(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server by options, rules and arbiter. Raises UnreadableError."""
+        if server.doubt:  # its model may lack what a rule matches
+            return judge_server(server, self.server_policies.default, now)
         policy = self.server_policies.find(server)
-        return (
-            judge_with_arbiter(server, policy, self.arbiter, now) if self.arbiter else judge_server(server, policy, now)
-        )
+        if self.arbiter:
+            return judge_with_arbiter(server, policy, self.arbiter, now)
+        return judge_server(server, policy, now)
 
     def is_worth_asking(self, server: Server, now: datetime) -> bool:
         """True if what the server says can decide. Raises UnreadableError."""
+        if server.doubt:
+            return False
         policy = self.server_policies.find(server)
         if self.arbiter:  # nobody knows from which idle time on it says cull
             policy = policy._replace(timeout=Limit(timedelta.resolution))
@@ -1517,7 +1521,7 @@ class Hub:
                 )
 
     def _is_decoded(self, code: str) -> bool:
-        """True if a path that only leads to the user list with this code decoded does not lead to nowhere."""
+        """True if a proxy decodes this code: the probe is then answered with the user list, and not with 404."""
         answer = self._request("GET", PROBES[code], {"limit": 1})
         if answer.status in (200, 404):
             return answer.status == 200
@@ -1718,7 +1722,8 @@ def no_answer(method: str, path: str, url: str, error: Exception, timeout: timed
         if url.startswith("http:"):
             lost += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
         return TryAgain(f"{method} {path}: {lost}", f"{method} {general(path)}: {lost}")
-    return HubError(f"{method} {path}: {url} cannot be asked: {one_line(str(causes[-1]))}")
+    why = f"{url} cannot be asked: {one_line(str(causes[-1]))}"
+    return HubError(f"{method} {path}: {why}", f"{method} {general(path)}: {why}")
 
 
 def why_unreachable(causes: Sequence[BaseException], url: str) -> str:
@@ -2041,7 +2046,7 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
                 left_out += 1
                 problem = f"the user after {last_user} is left out: too much data, or nested too deeply"
                 yield Page([], datetime.now(UTC), 0, offset, problem=problem)
-                offset, before = offset + 1, set()
+                offset, before, overlap = offset + 1, set(), 0
             size = max((size or 50) // 8, 1)
             continue
         names = [name_of(model) for model in page.models]
@@ -2117,7 +2122,7 @@ class Findings:
     wrong_address: WrongAddress | None = None  # what servers seem to be at
     complete: bool = False  # the whole list was read
     error: HubError | None = None  # why the list is not complete
-    listed: int = 0  # users
+    users_listed: int = 0
     running: int = 0  # ready servers
     servers: dict[tuple[str, str], Decision[Server]] = dataclasses.field(default_factory=dict)  # due
     users: dict[str, Decision[User]] = dataclasses.field(default_factory=dict)  # due
@@ -2147,7 +2152,7 @@ class Findings:
             except ValueError as error:
                 self._count_doubt("the Hub", str(error))
                 continue
-            self.listed += 1
+            self.users_listed += 1
             heard = [asked.get((server.user, server.name), server) for server in servers] if asked else servers
             staying = [server for server in heard if not self._decide_server(server, page)]
             if user and not staying:
@@ -2189,7 +2194,9 @@ class Findings:
             return True
         if verdict.doubt:
             self._count_doubt(server.full_name, verdict.reason)
-        warning = self._warning(server, verdict, page.now) if self.settings.warn_before else None
+        warning = None
+        if self.settings.warn_before and not server.doubt:
+            warning = self._warning(server, verdict, page.now)
         if warning:
             self.warnings.setdefault(key, warning)
         elif self.on_kept:
@@ -2227,7 +2234,7 @@ class Findings:
         """Raise FuseBlownError if more is due than --max-culls allows."""
         if fuse := self.settings.max_culls:
             fuse.check("servers", len(self.servers), self.running)
-            fuse.check("users", len(self.users), self.listed)
+            fuse.check("users", len(self.users), self.users_listed)
 
     def plausible(self, now: datetime) -> datetime:
         """The Hub's clock at a second look, but no later than the scan and the time since then allow.
@@ -2363,6 +2370,8 @@ class Culling:
                 event = with_retries(partial(cull, decision), self.stop)
             except HubError as error:
                 event = planned._replace(outcome=Outcome.FAILED, error=error)
+            except UnreadableError as error:  # what a rule needs was shown in the list, but is not any more
+                event = planned._replace(outcome=Outcome.FAILED, error=HubError(str(error), refused=True))
             if event.error and event.error.refused:
                 self.ended = True
             return event
@@ -2498,7 +2507,7 @@ class Culling:
         look = self.hub.look(name)
         if look:
             return look
-        size = self.settings.api_page_size or 50
+        size = min(self.settings.api_page_size or 50, 50)  # the Hub may send less than asked for
         for offset in [*range(decision.offset, 0, -size), 0]:
             page = self.hub.page(offset, size=size, ready_only=not self.settings.cull_users)
             for model in page.models:
@@ -2543,7 +2552,7 @@ class PassResult:
     dry_run: bool
     started: datetime = dataclasses.field(default_factory=lambda: datetime.now(UTC))
     version: str | None = None  # of the Hub, if it has said so
-    listed: bool = False  # the whole user list was read
+    complete: bool = False  # the whole user list was read
     running: int = 0
     idle: int = 0  # servers idle for at least --timeout, if that is counted
     due: int = 0
@@ -2564,7 +2573,7 @@ class PassResult:
 
     def add_findings(self, findings: Findings) -> None:
         """Take over what the scan found."""
-        self.listed = findings.complete
+        self.complete = findings.complete
         self.running = findings.running
         self.idle = findings.idle_for.get(findings.settings.timeout, 0)
         self.due = findings.due
@@ -2602,7 +2611,7 @@ class PassResult:
             return max(error.exit_code for error in self.errors)
         if self.refused:
             return Exit.NO_HUB
-        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone or not self.listed else Exit.DONE
+        return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone or not self.complete else Exit.DONE
 
     def __str__(self) -> str:
         counts = [f"{self.running} running", f"{self.due} due"]
@@ -3023,7 +3032,7 @@ def metrics_of(result: PassResult, last_success: float) -> Iterator[Metric]:
     yield Metric("last_pass_timestamp_seconds", "When the last pass ended.", {"": ended})
     success = "When the last pass ended that did all it set out to do."
     yield Metric("last_success_timestamp_seconds", success, {"": ended if succeeded else last_success})
-    if result.listed:
+    if result.complete:
         idle = "Ready servers that were idle for at least --timeout in the last pass."
         yield Metric("running_servers", "Servers that were ready in the last pass.", {"": result.running})
         yield Metric("idle_servers", idle, {"": result.idle})
@@ -3349,7 +3358,9 @@ def read_token(path: str | None) -> str:
         raise UsageError(f"{source} {state}: put an API token of the Hub there{other} (README: a first look).")
     if not re.fullmatch("[!-~]+", token):
         raise UsageError(f"{source} holds no API token: a token is one word of plain ASCII characters.")
-    SECRETS.update({token, in_environment or token})
+    SECRETS.add(token)
+    if in_environment:
+        SECRETS.add(in_environment)
     return token
 
 
@@ -3381,9 +3392,9 @@ def stop_signals() -> Iterator[threading.Event]:
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def handle(number: int, _frame: object) -> None:
-        stop.set()
         for each in signals:  # PID 1, as in a container, would not be ended by the default action
             signal.signal(each, exit_at_once if os.getpid() == 1 else signal.SIG_DFL)
+        stop.set()
         if number == signal.SIGINT and sys.stderr.isatty():
             os.write(2, f"{ERASE_LINE}finishing what is in flight; press Ctrl-C again to quit at once\n".encode())
 
@@ -3437,7 +3448,9 @@ class Culler:
             result = self.make_pass()
             failures = failures + 1 if result.exit_code else 0
             interval = self.settings.interval.total_seconds()
-            pause = min(2.0**failures, interval) if failures else max(interval - (time.monotonic() - began), 0)
+            pause = (
+                min(2.0 ** min(failures, 20), interval) if failures else max(interval - (time.monotonic() - began), 0)
+            )
             self.report(result, None if self.stop.is_set() else pause)
             if not self.stop.wait(pause):
                 self._read_token_again()
@@ -3511,7 +3524,7 @@ class Culler:
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
-        elif findings.complete or findings.listed:
+        elif findings.complete or findings.users_listed:
             missing = missing_scopes(self._identity, self.settings, to_cull=True) if self._identity else []
             show_plan(findings, kept, missing, self.settings)
 
@@ -3748,7 +3761,7 @@ def open_null() -> TextIO:
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     gc.set_threshold(10_000)  # pages make many objects and hardly any cycles
-    atexit.register(gc.freeze)  # nor does Python have to look for cycles before it ends
+    atexit.register(gc.freeze)  # skips the search for cycles at the end, which takes long after a large list
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
