@@ -3760,6 +3760,16 @@ def open_null() -> TextIO:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    exit_code = run_command_line(args)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open_null()  # or Python would try to write again at its end, and exit with 120
+    return exit_code
+
+
+def run_command_line(args: list[str] | None) -> int:
+    """Run the command line, and turn each failure into a sentence; returns the exit code."""
     gc.set_threshold(10_000)  # pages make many objects and hardly any cycles
     atexit.register(gc.freeze)  # skips the search for cycles at the end, which takes long after a large list
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
@@ -3779,10 +3789,8 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:  # all others are handled where they happen; click ends the program if it is a closed pipe
         sys.stdout = open_null()  # or Python would try to write again at its end
         sentence, exit_code = f"stdout cannot be written: {error.strerror}", Exit.UNDONE
-    try:
+    with contextlib.suppress(OSError):  # on a full disk the exit code is all that can tell
         click.echo(f"{'<3>' if goes_to_journal() else ''}{program}: {sentence}", err=True)
-    except OSError:
-        sys.stderr = open_null()
     return exit_code
 
 
