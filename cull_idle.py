@@ -2438,7 +2438,7 @@ class Culling:
         answer = self.hub.stop(server, remove=self.settings.remove_named_servers)
         if answer.status == 204:
             # The Hub dates its answer when the request comes, others when they send it, both in whole seconds.
-            latest = self.findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 1)
+            latest = self.findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 2)
             self._see_own_stop(decision, latest)
             removed = "; removed" if server.name and self.settings.remove_named_servers else ""
             return event._replace(outcome=Outcome.CULLED, reason=event.reason + removed)

@@ -321,7 +321,12 @@ def test_a_user_who_was_active_after_its_servers_were_stopped_is_spared(
 def test_a_stop_that_takes_long_is_not_taken_for_an_activity_of_its_user(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
-    scripted.date_header = format_datetime(scripted.now, usegmt=True)  # the Hub dates an answer when it is asked
+
+    def date_now() -> None:  # the Hub dates an answer when it is asked
+        scripted.date_header = format_datetime(scripted.now, usegmt=True)
+
+    scripted.fault("DELETE", "/users/ann/server", then_do(date_now))
+    scripted.fault("GET", "/users/ann", normal(), then_do(lambda: setattr(scripted, "date_header", FROM_CLOCK)))
     scripted.add("ann", idle=LONG_AGO, stop_seconds=1.2)
     cull_scripted("--timeout", "1h", "--cull-users")
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server", "DELETE /users/ann"]
