@@ -142,7 +142,7 @@ def printable(text: str, width: int = LONGEST_TEXT) -> str:
 
 
 def one_line(text: str, width: int = 200) -> str:
-    """The same for a longer text: on one line, with single spaces."""
+    """Make a text from outside safe to show like printable, on one line and with single spaces."""
     for secret in SECRETS:  # before white space is changed: a token is found only as a whole
         text = text.replace(secret, "…")
     return printable(" ".join(text[: 4 * width].split()), width)
@@ -500,7 +500,9 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
         return Verdict(False, server.doubt, doubt=True)
-    verdict = compare_with_limits(server.last_activity, server.started, policy, now)._replace(said_by=server.said_by)
+    verdict = compare_with_limits(server.last_activity, server.started, policy, now)
+    if server.said_by is not SaidBy.HUB:
+        verdict = verdict._replace(said_by=server.said_by)
     if server.pending:
         return verdict.kept(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
@@ -710,7 +712,7 @@ class Policies:
 
 
 def readable_values(target: Server | User, field: str) -> tuple[str, ...]:
-    """The same as field_values. Raises UnreadableError for a field that the Hub does not show."""
+    """The texts that a rule's glob may match in a field. Raises UnreadableError if the Hub does not show the field."""
     values = field_values(target, field)
     if values is None:
         kind = kind_of(field)
@@ -2556,7 +2558,7 @@ class PassResult:
     running: int = 0
     idle: int = 0  # servers idle for at least --timeout, if that is counted
     due: int = 0
-    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, but for deleted users
+    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, without deleted users
     deleted: int = 0  # users
     warned: int = 0
     asked: int = 0  # servers
