@@ -1972,6 +1972,9 @@ def server_address(server: Server, settings: Settings) -> str:
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
 MOST_LEFT_OUT = 100  # users whose data is too much; with more, the Hub is not one that sends smaller pages
+OVERLAP = 40  # two pages share one user in so many
+SMALLER = 8  # a page that is too much to parse is read again in so many parts
+USUAL_PAGE = 50  # users, of a Hub that is not asked for more
 UNANSWERED = 10  # so many requests in a row without an answer, or two per worker, end a pass
 
 
@@ -2028,8 +2031,8 @@ def with_retries(request: Callable[[], T], stop: threading.Event) -> T:
 def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Iterator[Page]:
     """Read the whole user list, page by page, each without the users of the page before. Raises HubError.
 
-    - Users who leave the list meanwhile move the rest forward. So pages overlap by a few users, and one that does not
-      begin with a user of the page before is read again from further back.
+    - Users who leave the list meanwhile move the rest forward. So pages of 40 or more overlap by a few users, and one
+      that does not begin with a user of the page before is read again from further back.
     - A page that is too much to parse, because of what some user put into their options, is read again in smaller
       parts, until only that user is left out.
     """
@@ -2049,11 +2052,11 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
                 problem = f"the user after {last_user} is left out: too much data, or nested too deeply"
                 yield Page([], datetime.now(UTC), 0, offset, problem=problem)
                 offset, before, overlap = offset + 1, set(), 0
-            size = max((size or 50) // 8, 1)
+            size = max((size or USUAL_PAGE) // SMALLER, 1)
             continue
         names = [name_of(model) for model in page.models]
         if overlap and names and names[0] not in before and not stepped_back:
-            offset, stepped_back = max(offset - max(size, 50) // 2, 0), True
+            offset, stepped_back = max(offset - max(size, USUAL_PAGE) // 2, 0), True
             continue
         stepped_back = False
         new = [model for model, name in zip(page.models, names, strict=True) if not name or name not in before]
@@ -2065,9 +2068,9 @@ def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Itera
         if fruitless == 3:
             raise HubError(f"GET /users: {hub.url} lists no more users, but always another page; the rest is not read")
         before, last_user = set(names), printable(names[-1]) if names and names[-1] else last_user
-        overlap = len(page.models) // 40
+        overlap = len(page.models) // OVERLAP
         offset = max(next_offset - overlap, offset + 1)
-        size = usual if size * 8 >= (usual or 50) else size * 8
+        size = usual if size * SMALLER >= (usual or USUAL_PAGE) else size * SMALLER
 
 
 def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
@@ -2121,7 +2124,7 @@ class Findings:
     settings: Settings
     on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None  # told of each that is kept
     asking: Asking | None = None  # if servers are asked while scanning
-    wrong_address: WrongAddress | None = None  # what servers seem to be at
+    wrong_address: WrongAddress | None = None  # why --servers-url seems to be wrong
     complete: bool = False  # the whole list was read
     error: HubError | None = None  # why the list is not complete
     users_listed: int = 0
@@ -2169,7 +2172,10 @@ class Findings:
         return {(server.user, server.name): server for server in heard}
 
     def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
-        """The server with its own word; in doubt if the Hub makes no token for it. Raises HubError if it makes none."""
+        """The server with its own word; in doubt if the Hub makes no token for it.
+
+        Raises HubError if the Hub makes no token for anybody.
+        """
         if asking.stop.is_set():
             return server._replace(doubt="not asked, because the pass is told to stop")
         try:
@@ -2385,6 +2391,7 @@ class Culling:
         """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
         if event.outcome is not Outcome.PLANNED:
             self.unanswered = self.unanswered + 1 if event.error and event.error.affects_all else 0
+        # Exactly this many: the failures still in flight do not say it again.
         if not event.error or self.unanswered != max(UNANSWERED, 2 * self.settings.concurrency):
             return event
         self.ended = True
@@ -2509,7 +2516,7 @@ class Culling:
         look = self.hub.look(name)
         if look:
             return look
-        size = min(self.settings.api_page_size or 50, 50)  # the Hub may send less than asked for
+        size = min(self.settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
         for offset in [*range(decision.offset, 0, -size), 0]:
             page = self.hub.page(offset, size=size, ready_only=not self.settings.cull_users)
             for model in page.models:
