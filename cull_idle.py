@@ -3772,7 +3772,7 @@ def warnings_about(settings: Settings) -> Iterator[str]:
     known = [f"{prefix}{field.name.upper()}" for field in dataclasses.fields(Settings)]
     own = {f"{prefix}{name}" for name in NOTICE_VARIABLES}  # in the environment of a --notify command
     for name in sorted(os.environ):
-        if name.startswith(prefix) and not name.endswith("_COMPLETE") and name not in known and name not in own:
+        if name.startswith(prefix) and name not in known and name not in own:
             suggestion = f"; did you mean ${near[0]}?" if (near := similar(name, known)) else ""
             yield f"${printable(name)} is no option of this program{suggestion}"
 
