@@ -373,7 +373,7 @@ def name_of(model: object) -> str:
 
 def with_name(model: object) -> dict[str, Any]:
     """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
-    if isinstance(model, dict) and name_of(model):
+    if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
         return model
     raise ValueError("answered a user without a name")
 
@@ -507,7 +507,9 @@ ACTIVE = {
 def compare_with_limits(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
     """Compare the time since the last activity, and the age, with the policy's limits. The future counts as now."""
     idle = now - active if active < now else ZERO
-    age = None if born is None else now - born if born < now else ZERO
+    age = None
+    if born is not None:
+        age = now - born if born < now else ZERO
     if idle >= policy.timeout.duration:
         return Verdict(True, Measure.IDLE, "", idle, age, policy.timeout)
     if age is not None and age >= policy.max_age.duration:
@@ -1320,8 +1322,10 @@ class Answer(NamedTuple):
         try:
             return json.loads(self.body)
         except ValueError:
-            looks = "HTML" if self.body.lstrip()[:1] == b"<" else "no JSON" if self.body else "nothing"
-            raise ValueError(f"answered {looks}") from None
+            if not self.body:
+                raise ValueError("answered nothing") from None
+            is_html = self.body.lstrip().startswith(b"<")
+            raise ValueError("answered HTML" if is_html else "answered no JSON") from None
 
     @property
     def error(self) -> dict[str, Any] | None:
@@ -1412,6 +1416,118 @@ class UserNow(NamedTuple):
     now: datetime  # the Hub's clock
 
 
+class DeadlineReader(io.RawIOBase):
+    """Reads an answer from a socket, and gives up when the answer as a whole takes too long.
+
+    Guards against a server that sends a byte now and then: the timeout of requests is for each read of the socket.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
+
+    def readable(self) -> bool:
+        """Reading is all it can do."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is. Raises TimeoutError."""
+        self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        return self._stream.readinto(buffer) or 0
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._stream.close()
+        super().close()
+
+    @classmethod
+    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
+        """An http.client response that is read through a DeadlineReader."""
+        from http.client import HTTPResponse
+
+        response = HTTPResponse(sock, *args, **kwargs)
+        response.fp.close()
+        response.fp = io.BufferedReader(cls(sock), READ_SIZE)
+        return response
+
+
+def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
+    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
+    from requests.adapters import HTTPAdapter
+
+    def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        connection = connection_class(*args, **kwargs)
+        connection.response_class = DeadlineReader.read_response
+        return connection
+
+    pools: list[Any] = []
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if not isinstance(pool.ConnectionCls, partial):
+                pool.ConnectionCls = partial(connect, pool.ConnectionCls)
+                pools.append(pool)
+            return pool
+
+        def close(self) -> None:
+            for pool in pools:  # else connections stay open for as long as an exception refers to them
+                pool.close()
+            super().close()
+
+    return Adapter(pool_maxsize=MOST_CONNECTIONS)
+
+
+class Connections:
+    """Sends requests as requests does, but no answer may take longer than --request-timeout as a whole.
+
+    No redirect is followed, no .netrc and no cookies are used. Exceptions are those of requests and urllib3.
+    """
+
+    def __init__(self, request_timeout: timedelta, certificate: ClientCertificate | None = None) -> None:
+        self.request_timeout = request_timeout
+        self._certificate = certificate
+        self._transports: dict[str, dict[str, Any]] = {}  # by scheme and host
+
+    def close(self) -> None:
+        """Close all connections."""
+        if "_adapter" in vars(self):
+            self._adapter.close()
+
+    def send(self, method: str, url: str, headers: Mapping[str, str], body: object = None) -> requests.Response:
+        """Send a request; `body` becomes JSON. The answer's body is not read yet."""
+        import requests
+
+        timeout = self.request_timeout.total_seconds()
+        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
+        prepared.url = url  # as it is: requests would decode %2E in it
+        # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
+        return self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
+
+    def _transport(self, url: str) -> dict[str, Any]:
+        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
+        import requests
+
+        origin = "/".join(url.split("/")[:3])
+        if origin in self._transports:
+            return self._transports[origin]
+        certificate = self._certificate
+        verify: Any = certificate.ca if certificate else None
+        cert = (certificate.cert, certificate.key) if certificate else None
+        found: dict[str, Any] = {"verify": verify, "cert": cert}
+        if url.startswith("https:"):
+            merged = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
+            found = {key: merged[key] for key in ("verify", "cert", "proxies")}
+        self._transports[origin] = found
+        return found
+
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        return adapter_with_deadline()
+
+
 class Hub:
     """The REST API of one Hub, as far as culling needs it. Threads may share it.
 
@@ -1430,8 +1546,7 @@ class Hub:
             "Accept": "application/jupyterhub-pagination+json",
             "User-Agent": f"cull_idle/{__version__}",
         }
-        self._timeout = request_timeout
-        self._certificate = certificate
+        self._connections = Connections(request_timeout, certificate)
         self._probing = threading.Lock()
         self._decoded: dict[str, bool] = {}
 
@@ -1439,8 +1554,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_adapter" in vars(self):
-            self._adapter.close()
+        self._connections.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
@@ -1584,20 +1698,13 @@ class Hub:
         """Send one request and read its answer."""
         from urllib.parse import urlencode
 
-        import requests
-
-        timeout = self._timeout.total_seconds()
-        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")
         requested = time.monotonic()
         try:
-            prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
-            prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would decode %2E
-            # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
-            response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport)
-            with response:
+            with self._connections.send(method, url, self._headers, body) as response:
                 content = read_body(response, f"{method} {path}: {self.url}")
         except (OSError, ValueError) as error:  # exceptions of requests are OSErrors, some of urllib3 ValueErrors
-            raise no_answer(method, path, self.url, error, self._timeout) from None
+            raise no_answer(method, path, self.url, error, self._connections.request_timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")), requested)
         if answer.status in (429, 502, 503, 504):
@@ -1612,89 +1719,6 @@ class Hub:
             sentence = f"{self.url} redirects to {where}, which is not followed; {self._api_hint}"
             raise HubError(f"{method} {path}: {sentence}", sentence)
         return answer
-
-    @cached_property
-    def _transport(self) -> dict[str, Any]:
-        return transport(self.url, self._certificate)
-
-    @cached_property
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline()
-
-
-def transport(url: str, certificate: ClientCertificate | None = None) -> dict[str, Any]:
-    """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
-    import requests
-
-    verify: Any = certificate.ca if certificate else None
-    cert = (certificate.cert, certificate.key) if certificate else None
-    if not url.startswith("https:"):
-        return {"verify": verify, "cert": cert}
-    found = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
-    return {key: found[key] for key in ("verify", "cert", "proxies")}
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads an answer from a socket, and gives up when the answer as a whole takes too long.
-
-    Guards against a server that sends a byte now and then: the timeout of requests is for each read of the socket.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
-        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
-
-    def readable(self) -> bool:
-        """Reading is all it can do."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what there is. Raises TimeoutError."""
-        self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
-        return self._stream.readinto(buffer) or 0
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._stream.close()
-        super().close()
-
-    @classmethod
-    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
-        """An http.client response that is read through a DeadlineReader."""
-        from http.client import HTTPResponse
-
-        response = HTTPResponse(sock, *args, **kwargs)
-        response.fp.close()
-        response.fp = io.BufferedReader(cls(sock), READ_SIZE)
-        return response
-
-
-def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
-    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
-    from requests.adapters import HTTPAdapter
-
-    def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        connection = connection_class(*args, **kwargs)
-        connection.response_class = DeadlineReader.read_response
-        return connection
-
-    pools: list[Any] = []
-
-    class Adapter(HTTPAdapter):
-        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-            if not isinstance(pool.ConnectionCls, partial):
-                pool.ConnectionCls = partial(connect, pool.ConnectionCls)
-                pools.append(pool)
-            return pool
-
-        def close(self) -> None:
-            for pool in pools:  # else connections stay open for as long as an exception refers to them
-                pool.close()
-            super().close()
-
-    return Adapter(pool_maxsize=MOST_CONNECTIONS)
 
 
 def read_body(response: requests.Response, request: str) -> bytes:
@@ -1879,20 +1903,19 @@ class Asking:
     https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
     """
 
-    def __init__(self, hub: Hub, settings: Settings, stop: threading.Event, *, address_is_right: bool = False) -> None:
+    def __init__(self, hub: Hub, settings: Settings, *, address_is_right: bool) -> None:
         self.address_is_right = address_is_right  # a Jupyter server has answered there
         self.answers: dict[tuple[str, str], Source] = {}  # the last of each server
         self.first_problem = ""  # why a server gave no answer
-        self.stop = stop
         self._hub = hub
         self._settings = settings
+        self._connections = Connections(settings.request_timeout)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_adapter" in vars(self):
-            self._adapter.close()
+        self._connections.close()
 
     def check(self) -> None:
         """Raise HubError if no server can be asked: the address is wrong, or the Hub too old."""
@@ -1940,17 +1963,13 @@ class Asking:
 
         optional: 404 means that there is nothing to list.
         """
-        import requests
         from urllib3 import exceptions
 
         headers = {"User-Agent": f"cull_idle/{__version__}", "Accept-Encoding": "identity"}
         if token:
             headers["Authorization"] = f"token {token.token}"
-        timeout = self._settings.request_timeout.total_seconds()
-        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
         try:
-            prepared = requests.Request("GET", f"{url}?no_track_activity=1", headers=headers).prepare()
-            with self._adapter.send(prepared, stream=True, timeout=timeouts, **transport(url)) as response:
+            with self._connections.send("GET", f"{url}?no_track_activity=1", headers) as response:
                 body = response.raw.read(LARGEST_SERVER_ANSWER + 1, decode_content=False)
         except (OSError, ValueError, exceptions.HTTPError) as error:
             causes = causes_of(error)
@@ -1970,10 +1989,6 @@ class Asking:
             what = "leads to the Hub" if to_hub else f"answered {status} to a token made for it"
             raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
         raise NoAnswer(f"answered {status}")
-
-    @cached_property
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline()
 
 
 BUSY = OwnActivity(Source.BUSY_KERNEL, ZERO)
@@ -2294,8 +2309,8 @@ class Scan:
             self._findings.users_listed += 1
             all_due = True
             for server in servers:
-                is_due = self._decide_server(asked.get((server.user, server.name), server), page)
-                all_due = all_due and is_due
+                known = asked.get((server.user, server.name), server) if asked else server
+                all_due &= self._decide_server(known, page)
             if user and all_due:
                 self._decide_user(user, page)
 
@@ -2337,15 +2352,15 @@ class Scan:
         if findings.idle_for and server.ready and verdict.idle is not None:
             for step in findings.idle_for:
                 findings.idle_for[step] += verdict.idle >= step
-        key = (server.user, server.name)
         if verdict.cull:
-            findings.servers.setdefault(key, Decision(server.without_models(), verdict, page.offset))
+            decision = Decision(server.without_models(), verdict, page.offset)
+            findings.servers.setdefault((server.user, server.name), decision)
             return True
         if verdict.doubt:
             self._count_doubt(server.full_name, verdict.reason)
         warning = self._warning(server, verdict, page.now) if self._settings.warn_before else None
         if warning:
-            findings.warnings.setdefault(key, warning)
+            findings.warnings.setdefault((server.user, server.name), warning)
         elif self._on_kept:
             self._on_kept(Decision(server.without_models(), verdict))
         return False
@@ -3356,8 +3371,12 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
         server = with_own_activity(server, asking.ask(server), settings.idle_by, now)
         yield "asked", f"no answer: {asking.first_problem}" if asking.first_problem else "yes"
     verdict = judge.server(server, now)
-    ready = "yes" if server.ready else "unknown" if server.doubt else "no"
-    yield "ready", ready + (f", pending {one_line(server.pending, 20)}" if server.pending else "")
+    not_ready = "unknown" if server.doubt else "no"
+    yield (
+        "ready",
+        ("yes" if server.ready else not_ready)
+        + (f", pending {one_line(server.pending, 20)}" if server.pending else ""),
+    )
     yield from explain_times(server.last_activity, "started", server.started, verdict)
     yield from explain_rules(server, judge.rules)
     policy = judge.server_policies.find(server)
@@ -3586,7 +3605,7 @@ class Loop:
         if not self.settings.asks_servers:
             yield None
             return
-        with Asking(hub, self.settings, self.stop, address_is_right=self._address_is_right) as asking:
+        with Asking(hub, self.settings, address_is_right=self._address_is_right) as asking:
             asking.check()
             try:
                 yield asking
