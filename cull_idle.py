@@ -1861,6 +1861,8 @@ def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
 def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> list[str]:
     """The scopes that the token lacks for a pass with these settings; `to_cull`: for one that changes something."""
     needed = ["list:users", "read:servers", *(match.field.scope for rule in settings.rule for match in rule.matches)]
+    if settings.cull_users:
+        needed.append("read:users:activity")
     if settings.asks_while_scanning or (to_cull and settings.idle_by is IdleBy.BOTH):
         needed.append("tokens")
     if to_cull:

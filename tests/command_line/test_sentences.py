@@ -387,6 +387,12 @@ def test_quiet_does_not_silence_a_failure(cull_scripted: Cull, scripted: Scripte
         pytest.param(set(LEAST_SCOPES) - {"read:servers"}, [], "read:servers", id="read"),
         pytest.param(set(LEAST_SCOPES) - {"delete:servers"}, [], "delete:servers", id="stop"),
         pytest.param(set(LEAST_SCOPES), ["--cull-users"], "admin:users", id="delete users"),
+        pytest.param(
+            {*LEAST_SCOPES, "delete:users"} - {"read:users:activity"},
+            ["--cull-users"],
+            "read:users:activity",
+            id="see when users were active",
+        ),
         pytest.param(set(LEAST_SCOPES) - {"read:servers"}, ["--dry-run"], "read:servers", id="dry run"),
     ],
 )
@@ -400,7 +406,7 @@ def test_a_scope_that_is_missing_is_named_with_the_role_that_grants_it(
     assert_one_sentence(result, 3, missing, "jupyterhub_config.py", "c.JupyterHub.load_roles", f'"{missing}"', "culler")
     said, _, role = result.lines[0].partition("load_roles")
     assert [scope for scope in (*LEAST_SCOPES, "admin:users") if scope in said] == [missing]
-    assert ("admin:users" in role) == ("--cull-users" in arguments)
+    assert ("admin:users" in role) == (missing == "admin:users")
     assert scripted.lines("DELETE") == []
 
 
