@@ -3351,14 +3351,27 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
     difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
     yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
     yield "clock", format_time(now) + (f", {difference} this machine's" if abs(ahead) > 1 else "")
+    explains_user = context.settings.cull_users and not server_name
+    servers = [
+        ask_if_it_decides(context, server, now) if explains_user or server.name == server_name else server
+        for server in user.servers
+    ]
+    user = user._replace(servers=servers)
     yield from explain_server(context, user, server_name, now)
-    if context.settings.cull_users and not server_name:
+    if explains_user:
         yield from explain_user(user, context.judge, now)
 
 
+def ask_if_it_decides(context: PassContext, server: Server, now: datetime) -> Server:
+    """The server with its own last activity, if --idle-by asks while scanning. Raises HubError."""
+    if not (context.asking and context.settings.asks_while_scanning and context.judge.is_worth_asking(server, now)):
+        return server
+    return with_own_activity(server, context.asking.ask(server), context.settings.idle_by, now)
+
+
 def explain_server(context: PassContext, user: User, name: str, now: datetime) -> Iterator[tuple[str, str]]:
-    """What decides about a server of a user. Raises HubError if the server is to be asked and cannot be."""
-    settings, judge, asking = context.settings, context.judge, context.asking
+    """What decides about a server of a user."""
+    settings, judge = context.settings, context.judge
     server = user.server(name)
     if server is None:
         full_name = printable(f"{user.name}/{name}" if name else user.name)
@@ -3369,16 +3382,14 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
     yield "server", server.full_name
     if settings.idle_by is IdleBy.BOTH:
         yield "asked", "no: that counts as activity, so it is asked only before it is stopped"
-    elif asking and judge.is_worth_asking(server, now):
-        server = with_own_activity(server, asking.ask(server), settings.idle_by, now)
-        yield "asked", f"no answer: {asking.first_problem}" if asking.first_problem else "yes"
+    elif server.source is Source.NO_ANSWER:
+        yield "asked", f"no answer: {context.asking.first_problem if context.asking else ''}"
+    elif server.source is not Source.HUB:
+        yield "asked", "yes"
     verdict = judge.server(server, now)
-    not_ready = "unknown" if server.doubt else "no"
-    yield (
-        "ready",
-        ("yes" if server.ready else not_ready)
-        + (f", pending {one_line(server.pending, 20)}" if server.pending else ""),
-    )
+    ready = "yes" if server.ready else "no"
+    pending = f", pending {one_line(server.pending, 20)}" if server.pending else ""
+    yield "ready", "unknown" if server.doubt else f"{ready}{pending}"
     yield from explain_times(server.last_activity, "started", server.started, verdict)
     yield from explain_rules(server, judge.rules)
     policy = judge.server_policies.find(server)
