@@ -805,8 +805,9 @@ def load_arbiter(name: str) -> Arbiter:
     source, _, function_name = name.rpartition(":")
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
+            spec = importlib.util.spec_from_file_location("cull_idle_arbiter", source)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            sys.modules["cull_idle_arbiter"] = module  # where dataclasses and pickle look for it
             # Config files of jupyterhub-idle-culler end in `c.IdleCuller.cull_arbiter_hook = …`
             vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
             spec.loader.exec_module(module)  # type: ignore[union-attr]

@@ -49,6 +49,11 @@ def test_the_references_documented_example_works(
         ("def f(**given): return sorted(given) == ['inactive', 'inactive_limit', 'server', 'user']", True),
         ("def f(inactive, inactive_limit, extra=7): return inactive.total_seconds() < inactive_limit == 36000", True),
         ("import asyncio\nasync def f(server):\n    await asyncio.sleep(0)\n    return server['name'] == ''", True),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass C:\n    x: bool\ndef f(): return C(True).x",
+            True,
+        ),
         ("class F:\n    def __call__(self, server): return True\nf = F()", True),
     ],
 )
