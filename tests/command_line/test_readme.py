@@ -132,7 +132,7 @@ def test_the_arbiter_in_the_readme_is_taken(tmp_path: Path) -> None:
 def test_the_readme_lists_what_an_arbiter_is_given() -> None:
     listed, _, _ = prose("Your own decision: an arbiter").partition("A `cull_arbiter_hook`")
     assert (
-        set(re.findall(r"`([a-z_]+)`", listed.partition("arguments that it takes:")[2])) - {"timedelta"}
+        set(re.findall(r"`([a-z_]+)`", listed.partition("take these arguments:")[2])) - {"timedelta"}
         == cull_idle.ARBITER_ARGUMENTS
     )
 
