@@ -1066,17 +1066,17 @@ class Settings:
     )
     idle_by: IdleBy = option(
         WHAT,
-        "Whose word about a server's last activity counts: `hub`, the Hub's, which is late and knows nothing of busy"
-        " kernels; `both`, the later of the Hub's and the server's own, which is asked before it is stopped; `server`,"
-        " the server's own alone; `kernels`, that of its kernels and terminals alone, so whoever only writes text"
-        " counts as idle. All but `hub` need the scope tokens.",
+        "Whose word about a server's last activity counts. `hub`: the Hub's; it is late and does not see busy kernels."
+        " `both`: the later of the Hub's and the server's; asks a server before stopping it. `server`: the server's"
+        " alone. `kernels`: that of its kernels and terminals alone; people who only write text count as idle. All but"
+        " `hub` need the scope tokens.",
         type=click.Choice(IdleBy, case_sensitive=False),
         default="hub",
         metavar="|".join(IdleBy),
     )
     max_culls: Fuse | None = option(
         WHAT,
-        "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
+        "A fuse: if a pass would stop more servers, or delete more users, than this, it stops nothing and fails. N% is"
         " of the ready servers, and of the users.",
         type=TextType(parse_fuse, "N|N%"),
     )
@@ -1087,10 +1087,10 @@ class Settings:
         "Time between the starts of two passes, which never overlap.  [default: half of --timeout]",
         type=duration_type(least=timedelta(seconds=1), most=LONGEST),
     )
-    dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, exit; with -v also show what is kept.")
+    dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, and exit; with -v also show what is kept.")
     explain: str | None = option(
         WHEN,
-        "Explain the decision for a user's default server, or a named one, change nothing, exit.",
+        "Explain the decision for a user's default server, or a named one, change nothing, and exit.",
         metavar="USER[/SERVER]",
     )
 
@@ -3850,8 +3850,8 @@ def make_command(program: str = PROGRAM) -> click.Command:
         callback=stop_idle_servers,
         help="Stop the idle servers of a JupyterHub: once, or in a loop."
         " The API token comes from $JUPYTERHUB_API_TOKEN or --token-file.",
-        epilog="A DURATION is seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment variable"
-        " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
+        epilog="A DURATION is a number of seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment"
+        " variable too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             # as the old scripts wrote them, and jupyterhub-idle-culler in full
@@ -3864,7 +3864,7 @@ def make_command(program: str = PROGRAM) -> click.Command:
         is_eager=True,
         expose_value=False,
         callback=generate_config,
-        help="Print such a file with every option, its default and its help, commented out, and exit.",
+        help="Print a file for --config with every option, its default and its help, commented out, and exit.",
     )
     return click.version_option(__version__, prog_name=program, message="%(prog)s %(version)s")(generate(command))
 
