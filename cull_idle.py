@@ -3851,7 +3851,8 @@ def make_command(program: str = PROGRAM) -> click.Command:
         help="Stop the idle servers of a JupyterHub: once, or in a loop."
         " The API token comes from $JUPYTERHUB_API_TOKEN or --token-file.",
         epilog="A DURATION is a number of seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment"
-        " variable too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
+        " variable too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable"
+        " Hub.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             # as the old scripts wrote them, and jupyterhub-idle-culler in full
