@@ -7,6 +7,10 @@
 
 Polls the Hub's user list and stops every server whose last activity is older than a limit: once, or in a loop.
 The API token comes from $JUPYTERHUB_API_TOKEN or --token-file, never from the command line.
+
+To find your way: `main`, at the end, turns the command line into Settings and starts Loop. Loop.make_pass makes a pass:
+Scan reads the user list and lets Judge decide about each server, Culler looks at what is due again and sends the
+DELETEs, and what became of each is an Event for Log, JsonLines and Notices. PassResult sums up.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-# Stands before the other imports, and the file parses on Python 3.8, so that an old Python gets a sentence too.
+# Before the other imports, and in a file that Python 3.8 can parse, so that an old Python gets a clear message too.
 PACKAGES = {"click": "click>=8.4.1", "dateutil": "python-dateutil>=2.9", "requests": "requests>=2.32.2"}
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write(f"cull_idle needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable}).\n")
@@ -43,7 +47,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, Self, Text
 
 import click
 
-# What takes long to import is imported where it is used, so that --help and --version answer at once.
+# Slow imports are made where they are used, so that --help and --version answer at once.
 if TYPE_CHECKING:
     import logging
     import socket
@@ -77,7 +81,7 @@ class CullError(Exception):
     exit_code: Exit
 
 
-class UsageError(CullError):
+class SettingsError(CullError):
     """An option, the config file or the token cannot be used."""
 
     exit_code = Exit.USAGE
@@ -272,7 +276,7 @@ class Source(enum.Enum):
 
 
 class Server(NamedTuple):
-    """A server that the Hub does not call stopped."""
+    """A server that is running, starting or stopping."""
 
     user: str
     name: str  # empty for the default server
@@ -311,7 +315,7 @@ class User(NamedTuple):
         """The name, safe to print, and different from that of the default server."""
         return f"user {printable(self.name)}"
 
-    def server(self, name: str) -> Server | None:
+    def server_or_doubt(self, name: str) -> Server | None:
         """The server of that name; if there is none, one in doubt, which may be the one."""
         found = next((server for server in self.servers if server.name == name), None)
         return found or next((server for server in self.servers if server.doubt), None)
@@ -340,7 +344,7 @@ def parse_user(model: object) -> User:
     elif last_activity is None:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
-        doubt = "the Hub does not say whether it is an admin"
+        doubt = "the Hub does not say whether the user is an admin"
     return User(model["name"], admin is not False, created, last_activity, parse_servers(model), doubt, model)
 
 
@@ -359,8 +363,8 @@ def parse_servers(model: object) -> list[Server]:
         ]
     if "servers" not in model and "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the user's own keys describe the default server.
-        running = model["server"] or model.get("pending")
-        return [parse_server(name, "", {"url": model["server"]}, model)] if running else []
+        exists = model["server"] or model.get("pending")
+        return [parse_server(name, "", {"url": model["server"]}, model)] if exists else []
     doubt = "its servers are not shown; the token needs the scope read:servers"
     return [Server(name, "", False, "", None, None, doubt, {}, model)]
 
@@ -420,7 +424,7 @@ class IdleBy(enum.StrEnum):
 
 
 class Limit(NamedTuple):
-    """A duration from which on something is due, and the rule that sets it."""
+    """How long until something is due, and the rule that says so."""
 
     duration: timedelta  # NEVER for none
     rule_number: int = 0  # 0 for an option
@@ -463,7 +467,7 @@ class Verdict(NamedTuple):
     idle: timedelta | None = None
     age: timedelta | None = None
     limit: Limit | None = None
-    doubt: bool = False  # kept only because something is not understood
+    in_doubt: bool = False  # kept only because something is not understood
     source: Source = Source.HUB  # who says how long it is idle
 
     @property
@@ -492,9 +496,9 @@ class Verdict(NamedTuple):
         return self._replace(cull=False, decided_by=None, why=why)
 
 
-def in_doubt(why: str) -> Verdict:
+def keep_in_doubt(why: str) -> Verdict:
     """The verdict on what is not understood: it is kept."""
-    return Verdict(False, None, why, doubt=True)
+    return Verdict(False, None, why, in_doubt=True)
 
 
 ACTIVE = {
@@ -520,7 +524,7 @@ def compare_with_limits(active: datetime, born: datetime | None, policy: Policy,
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
-        return in_doubt(server.doubt)
+        return keep_in_doubt(server.doubt)
     verdict = compare_with_limits(server.last_activity, server.started, policy, now)
     if server.source is not Source.HUB:
         verdict = verdict._replace(source=server.source)
@@ -538,9 +542,9 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
 
 
 def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
-    """Decide whether a user is to be deleted, servers left aside. In doubt the user is kept."""
+    """Decide whether a user is to be deleted, regardless of the user's servers. In doubt the user is kept."""
     if user.doubt or user.last_activity is None:
-        return in_doubt(user.doubt)
+        return keep_in_doubt(user.doubt)
     verdict = compare_with_limits(user.last_activity, user.created, policy, now)
     if user.admin and not policy.admins:
         return verdict.kept("admins are not deleted")
@@ -552,7 +556,7 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 def due_within(
     server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
 ) -> tuple[datetime, Verdict] | None:
-    """When a server that is kept at `now` will be due if nothing happens, and its verdict with the limit of then.
+    """When a server that is kept at `now` will be due if nothing happens, and its verdict with the limit of that time.
 
     None if that is not within the given time.
     """
@@ -572,11 +576,11 @@ class OwnActivity(NamedTuple):
 
 
 def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
-    """The server with the last activity that counts by --idle-by. A server is idle at most since its start."""
+    """The server with the last activity that counts by --idle-by. It cannot have been idle for longer than it runs."""
     if own.source is Source.NO_ANSWER:
         return server._replace(source=own.source)
-    running = max(now - (server.started or server.last_activity or now), ZERO)
-    active = now - (running if own.idle is None else min(own.idle, running))
+    age = max(now - (server.started or server.last_activity or now), ZERO)
+    active = now - (age if own.idle is None else min(own.idle, age))
     if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
         return server
     return server._replace(last_activity=active, source=own.source)
@@ -597,7 +601,7 @@ MOST_REMEMBERED = 10_000  # combinations of values that rules match
 class RuleField(NamedTuple):
     """What a rule can match, and where the Hub shows it."""
 
-    model_key: str  # in the Hub's model of the user or server
+    model_key: str  # in the Hub's model of the user or server; empty for a server's name, which old Hubs leave out
     scope: str  # that the token needs to see it
     of_server: bool = False
     has_key: bool = False  # has a key after a dot: `option.profile=`
@@ -607,7 +611,7 @@ class RuleField(NamedTuple):
 RULE_FIELDS = {
     "user": RuleField("name", "list:users"),
     "group": RuleField("groups", "read:users:groups"),
-    "server": RuleField("name", "read:servers", of_server=True),
+    "server": RuleField("", "read:servers", of_server=True),
     "admin": RuleField("admin", "list:users", allowed=("true", "false")),
     "option": RuleField("user_options", "read:servers", of_server=True, has_key=True),
     "state": RuleField("state", "admin:server_state", of_server=True, has_key=True),
@@ -631,8 +635,8 @@ class Match(NamedTuple):
         field = self.field
         if isinstance(target, User):
             value = None if field.of_server else target.model.get(field.model_key)
-        elif self.name == "server":
-            value = target.name  # old Hubs leave it out of the model
+        elif not field.model_key:
+            value = target.name
         else:
             value = (target.model if field.of_server else target.user_model).get(field.model_key)
         if field.has_key and isinstance(value, dict):
@@ -698,7 +702,8 @@ def parse_rule(text: str) -> Rule:
     keep = False
     for word in words:
         name, equals, value = word.partition("=")
-        name = name.replace("max_age", "max-age")
+        if name == "max_age":
+            name = "max-age"
         if word == "keep":
             keep = True
         elif equals and name in ("timeout", "max-age") and name not in limits:
@@ -718,7 +723,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_match(name: str, value: str) -> Match | None:
-    """Read a condition of a rule; None if it is none."""
+    """Read a condition of a rule; None if the words are none."""
     import fnmatch
 
     field_name, dot, key = name.partition(".")
@@ -843,7 +848,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
             user=server.user_model,
         )
     except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
-        return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(doubt=True)
+        return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(in_doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
     return verdict._replace(cull=cull, decided_by=None, why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
 
@@ -925,7 +930,7 @@ def parse_command(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise ValueError(f"{one_line(text)!r}: {error}.") from None
     if not words or "\0" in text or not shutil.which(words[0]):
-        raise ValueError(f"{one_line(words[0] if words else text)!r} is no program that can be run.")
+        raise ValueError(f"{one_line(words[0] if words else text)!r} is not a program that can be run.")
     return words
 
 
@@ -998,7 +1003,7 @@ def option_name(field: str) -> str:
 
 
 def option(heading: str, help: str, *names: str, **attrs: Any) -> Any:
-    """A field that is an option, and an environment variable CULL_IDLE_…, of its name; `attrs` as of click.Option."""
+    """A field that becomes the option --NAME and the variable $CULL_IDLE_NAME; `attrs` as of click.Option."""
     return dataclasses.field(metadata={"names": names, "show_default": True, "help": help, "heading": heading, **attrs})
 
 
@@ -1084,7 +1089,7 @@ class Settings:
     once: bool = switch(WHEN, "Make one pass, then exit.")
     cull_every: timedelta | None = option(
         WHEN,
-        "Time between the starts of two passes, which never overlap.  [default: half of --timeout]",
+        "Time between the starts of two passes, which never overlap.  [default: half of the shortest limit]",
         type=duration_type(least=timedelta(seconds=1), most=LONGEST),
     )
     dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, and exit; with -v also show what is kept.")
@@ -1188,7 +1193,7 @@ class Settings:
 
     @property
     def asks_servers(self) -> bool:
-        """True if servers are asked. To be asked counts as activity, so `both` asks only before a server is stopped."""
+        """True if servers are asked. That looks like activity to the Hub, so `both` asks only what would be stopped."""
         return self.asks_while_scanning or (self.idle_by is IdleBy.BOTH and self.changes_something)
 
     @property
@@ -1206,12 +1211,16 @@ class Settings:
 
     @property
     def interval(self) -> timedelta:
-        """Time between the starts of two passes: half of the timeout, or of the maximal age, or 5 minutes."""
+        """Time between the starts of two passes.
+
+        By default half of the shortest limit, or 5 minutes without one, and no longer than --warn-before.
+        """
         if self.cull_every:
             return self.cull_every
-        limits = [limit for limit in (self.timeout, self.max_age) if ZERO < limit < NEVER]
-        half = limits[0] / 2 if limits else timedelta(minutes=5)
-        return min(max(half, timedelta(seconds=1)), LONGEST)
+        limits = [self.timeout, self.max_age]
+        limits += [limit for rule in self.rule for limit in (rule.timeout, rule.max_age) if limit is not None]
+        interval = min((limit / 2 for limit in limits if ZERO < limit < NEVER), default=timedelta(minutes=5))
+        return min(max(interval, timedelta(seconds=1)), self.warn_before or LONGEST, LONGEST)
 
     @property
     def client_certificate(self) -> ClientCertificate | None:
@@ -1256,7 +1265,7 @@ class Judge:
     def server(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server."""
         if server.doubt:  # its model may lack what a rule matches
-            return in_doubt(server.doubt)
+            return keep_in_doubt(server.doubt)
         policy = self.server_policies.find(server)
         if self._arbiter:
             return judge_with_arbiter(server, policy, self._arbiter, now)
@@ -1266,7 +1275,7 @@ class Judge:
         """Decide about a user."""
         return judge_user(user, self.user_policies.find(user), now)
 
-    def is_worth_asking(self, server: Server, now: datetime) -> bool:
+    def worth_asking(self, server: Server, now: datetime) -> bool:
         """True if the answer of a server can decide."""
         if server.doubt:
             return False
@@ -1275,10 +1284,10 @@ class Judge:
             policy = policy._replace(timeout=Limit(timedelta.resolution))
         return is_worth_asking(server, policy, now)
 
-    def due_within(
+    def due_soon(
         self, server: Server, verdict: Verdict, now: datetime, within: timedelta
     ) -> tuple[datetime, Verdict] | None:
-        """When a kept server will be due: see due_within."""
+        """When a kept server will be due, with its verdict, as of due_within."""
         if server.doubt:
             return None
         policy = self.server_policies.find(server)
@@ -1508,7 +1517,7 @@ class Connections:
         return self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
 
     def _transport(self, url: str) -> dict[str, Any]:
-        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
+        """Arguments for requests: certificates, and for https: the proxy. A proxy for http: would see the token."""
         import requests
 
         origin = "/".join(url.split("/")[:3])
@@ -1586,7 +1595,8 @@ class Hub:
 
         Only the Hub itself can say that there is no such user.
         """
-        answer = self._request("GET", path := f"/users/{segment(name)}")
+        path = self._path("/users/{}", name)
+        answer = self._request("GET", path)
         if answer.status == 404 and answer.error:
             return UserNow(None, answer.now)
         if answer.status in (404, 405):
@@ -1608,23 +1618,21 @@ class Hub:
 
     def stop(self, server: Server, *, remove: bool) -> Answer:
         """Tell the Hub to stop a server and, if it is a named one, perhaps to remove it."""
-        path = f"/users/{segment(server.user)}"
         if not server.name:
-            return self._request("DELETE", f"{path}/server")
-        body = {"remove": True} if remove else None
-        return self._request("DELETE", f"{path}/servers/{segment(server.name)}", body=body)
+            return self._request("DELETE", self._path("/users/{}/server", server.user))
+        path = self._path("/users/{}/servers/{}", server.user, server.name)
+        return self._request("DELETE", path, body={"remove": True} if remove else None)
 
     def delete_user(self, name: str) -> Answer:
         """Tell the Hub to delete a user. The Hub would stop a server of the user's first."""
-        return self._request("DELETE", f"/users/{segment(name)}")
+        return self._request("DELETE", self._path("/users/{}", name))
 
     def make_token(self, server: Server, lifetime: timedelta) -> ServerToken | None:
         """Make a token for one server: JupyterHub 3 and later can.
 
         None if the Hub refuses: the user is gone, or not covered by a filtered scope such as `tokens!group=…`.
         """
-        self.check_path_safe(server.user)
-        path = f"/users/{segment(server.user)}/tokens"
+        path = self._path("/users/{}/tokens", server.user)
         scope = f"access:servers!server={server.user}/{server.name}"
         # JupyterHub does not count what a token with such a note does as an activity of its user.
         note = f"Server at {server.full_name}: idle?"
@@ -1651,7 +1659,7 @@ class Hub:
     def revoke_token(self, token: ServerToken) -> None:
         """Revoke a token that was made for a server. If that fails, it expires."""
         with contextlib.suppress(HubError):
-            self._request("DELETE", f"/users/{segment(token.user)}/tokens/{segment(token.id)}")
+            self._request("DELETE", self._path("/users/{}/tokens/{}", token.user, token.id))
 
     def identity(self) -> Identity | None:
         """Whose the token is, and its scopes; None from Hubs that cannot tell (before 2.0)."""
@@ -1663,8 +1671,13 @@ class Hub:
                 return Identity(kind, name, frozenset(map(str, scopes)))
         return None
 
-    def check_path_safe(self, *names: str) -> None:
-        """Raise HubError if a proxy on the way to the Hub could turn the path of these names into another's.
+    def _path(self, path: str, *names: str) -> str:
+        """A path with these names in it. Raises HubError like check_names."""
+        self.check_names(*names)
+        return path.format(*map(segment, names))
+
+    def check_names(self, *names: str) -> None:
+        """Raise HubError if a proxy on the way to the Hub could turn a path with these names into another's.
 
         A proxy that decodes %2F makes bob's server s1 of `/users/..%2F..%2Fbob%2Fservers%2Fs1`. So, before the first
         such name, ask for the user list in a way that only such a proxy understands.
@@ -1705,7 +1718,7 @@ class Hub:
             with self._connections.send(method, url, self._headers, body) as response:
                 content = read_body(response, f"{method} {path}: {self.url}")
         except (OSError, ValueError) as error:  # exceptions of requests are OSErrors, some of urllib3 ValueErrors
-            raise no_answer(method, path, self.url, error, self._connections.request_timeout) from None
+            raise request_failure(method, path, self.url, error, self._connections.request_timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")), requested)
         if answer.status in (429, 502, 503, 504):
@@ -1750,7 +1763,7 @@ PROBES = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
 
 
 def risky_codes(name: str) -> list[str]:
-    """The codes in a name's segment that would change the path if a proxy decoded them."""
+    """The codes in a name's segment that would change the path if a proxy decoded them; %3F stands for # and % too."""
     if name in (".", ".."):
         return ["%2E"]
     codes = ["%2F"] if "/" in name else []
@@ -1774,28 +1787,27 @@ def without_name(path: str) -> str:
     return "/users/…" if path.startswith("/users/") else path
 
 
-def no_answer(method: str, path: str, url: str, error: Exception, timeout: timedelta) -> HubError:
+def request_failure(method: str, path: str, url: str, error: Exception, timeout: timedelta) -> HubError:
     """The failure of a request that was not answered."""
     from urllib3 import exceptions
 
+    request, kind_of_request = f"{method} {path}", f"{method} {without_name(path)}"
     causes = causes_of(error)
-    if sentence := why_unreachable(causes, url):
-        return TryAgain(f"{method} {path}: {sentence}", f"{method} {without_name(path)}: {sentence}")
-    if sentence := why_not_secure(causes, url):
-        return HubError(f"{method} {path}: {sentence}", sentence, affects_all=True)
+    if why := why_unreachable(causes, url):
+        return TryAgain(f"{request}: {why}", f"{kind_of_request}: {why}")
+    if why := why_not_secure(causes, url):
+        return HubError(f"{request}: {why}", why, affects_all=True)
     if is_among(causes, exceptions.TimeoutError, TimeoutError):
-        late = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
+        why = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
         # Stopping a server may take long, so a late DELETE says nothing about other requests.
-        return HubError(
-            f"{method} {path}: {late}", f"{method} {without_name(path)}: {late}", affects_all=method == "GET"
-        )
+        return HubError(f"{request}: {why}", f"{kind_of_request}: {why}", affects_all=method == "GET")
     if is_among(causes, exceptions.ProtocolError):
-        lost = f"{url}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
+        why = f"{url}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
         if url.startswith("http:"):
-            lost += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
-        return TryAgain(f"{method} {path}: {lost}", f"{method} {without_name(path)}: {lost}")
+            why += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
+        return TryAgain(f"{request}: {why}", f"{kind_of_request}: {why}")
     why = f"{url} cannot be asked: {one_line(str(causes[-1]))}"
-    return HubError(f"{method} {path}: {why}", f"{method} {without_name(path)}: {why}")
+    return HubError(f"{request}: {why}", f"{kind_of_request}: {why}")
 
 
 def why_unreachable(causes: Sequence[BaseException], url: str) -> str:
@@ -1895,14 +1907,18 @@ class NoAnswer(Exception):
 
 
 class WrongAddress(HubError):
-    """No server is where --servers-url leads, or one hostile server makes it look so."""
+    """No server is where --servers-url leads, or one hostile server makes it look so.
+
+    Such a server is kept: if the proxy is down, the Hub's word alone would stop what computes.
+    """
 
 
-class Asking:
+class Asker:
     """Asks servers for their last activity, as --idle-by says. Threads may share it.
 
     A server runs whatever its user likes. So the culler's own token never goes there: each server gets a token that the
     Hub makes for it, and that is revoked afterwards. All that a server answers is bounded in size and time.
+    For the server itself and for the token, being asked is no activity. For the proxy it is, and the Hub believes it.
     https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
     """
 
@@ -1962,7 +1978,7 @@ class Asking:
         return min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
 
     def _get(self, url: str, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
-        """Send a GET that no server counts as activity. Raises NoAnswer and WrongAddress.
+        """Send a GET that the server does not count as activity. Raises NoAnswer and WrongAddress.
 
         optional: 404 means that there is nothing to list.
         """
@@ -2036,9 +2052,11 @@ def server_address(server: Server, settings: Settings) -> str:
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
 MOST_LEFT_OUT = 100  # users whose data is too much; with more, the Hub is not one that sends smaller pages
-OVERLAP = 40  # two pages share one user in so many
+OVERLAP = 40  # neighbouring pages share one user in so many
 SMALLER = 8  # a page that is too much to parse is read again in so many parts
 USUAL_PAGE = 50  # users, of a Hub that is not asked for more
+DATE_ERROR = timedelta(seconds=2)  # a Date is in whole seconds, and may be rounded
+ANSWER_LOST = "the Hub's answer was lost"
 UNANSWERED = 10  # so many requests in a row without an answer, or two per worker, end a pass
 
 
@@ -2065,8 +2083,8 @@ class PassContext(NamedTuple):
     identity: Identity | None  # the token's, if the Hub tells it
     settings: Settings
     judge: Judge
-    stop: threading.Event
-    asking: Asking | None  # if servers are asked
+    told_to_stop: threading.Event
+    asker: Asker | None  # if servers are asked
 
 
 class Decision(NamedTuple, Generic[Target]):
@@ -2074,7 +2092,7 @@ class Decision(NamedTuple, Generic[Target]):
 
     target: Target
     verdict: Verdict
-    offset: int = 0  # of the page of the user list that it was on
+    position: int = 0  # of the user in the user list
 
 
 class Event(NamedTuple):
@@ -2093,13 +2111,13 @@ class Event(NamedTuple):
         return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {why}"
 
 
-def with_retries(request: Callable[[], T], stop: threading.Event) -> T:
+def with_retries(request: Callable[[], T], told_to_stop: threading.Event) -> T:
     """Call a function; while it raises TryAgain, and nobody says stop, call it again, after growing pauses."""
     for pause in PAUSES:
         try:
             return request()
         except TryAgain as failure:
-            if stop.wait(min(max(pause, failure.pause), LONGEST_PAUSE)):
+            if told_to_stop.wait(min(max(pause, failure.pause), LONGEST_PAUSE)):
                 raise
     return request()
 
@@ -2116,7 +2134,7 @@ class UserList:
     def __init__(self, context: PassContext) -> None:
         self._hub = context.hub
         self._ready_only = not context.settings.cull_users
-        self._stop = context.stop
+        self._told_to_stop = context.told_to_stop
         self._usual_size = context.settings.api_page_size
         self._size = self._usual_size
         self._offset = 0
@@ -2129,10 +2147,10 @@ class UserList:
 
     def pages(self) -> Iterator[Page]:
         """Fetch the pages. Raises HubError."""
-        while not self._stop.is_set():
+        while not self._told_to_stop.is_set():
             fetch = partial(self._hub.page, self._offset, size=self._size, ready_only=self._ready_only)
             try:
-                page = with_retries(fetch, self._stop)
+                page = with_retries(fetch, self._told_to_stop)
             except TooMuchData:
                 if self._left_out == MOST_LEFT_OUT:
                     raise
@@ -2147,7 +2165,8 @@ class UserList:
                 self._stepped_back = True
                 continue
             new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
-            yield page._replace(models=new)
+            known = len(page.models) - len(new)  # they come first
+            yield page._replace(models=new, offset=page.offset + known)
             next_offset = page.next_offset()
             if next_offset is None:
                 return
@@ -2273,7 +2292,7 @@ class Scan:
         self._context = context
         self._settings = context.settings
         self._judge = context.judge
-        self._asking = context.asking if context.settings.asks_while_scanning else None
+        self._asker = context.asker if context.settings.asks_while_scanning else None
         self._on_kept = on_kept
         self._wrong_address: WrongAddress | None = None  # why --servers-url seems to be wrong
         self._findings = Findings(idle_for=dict.fromkeys(context.settings.idle_steps, 0))
@@ -2287,11 +2306,11 @@ class Scan:
         try:
             for page in UserList(self._context).pages():
                 self._decide(page)
-            findings.complete = not self._context.stop.is_set()
+            findings.complete = not self._context.told_to_stop.is_set()
         except HubError as error:
             findings.error = error
             findings.users.clear()
-        if self._wrong_address and self._asking and not self._asking.address_is_right:
+        if self._wrong_address and self._asker and not self._asker.address_is_right:
             raise self._wrong_address
         return findings
 
@@ -2301,8 +2320,8 @@ class Scan:
             self._count_doubt("the user list", page.problem)
             return
         self._findings.hub_time, self._findings.hub_time_read = page.now, page.requested
-        asked = self._ask_servers(page, self._asking) if self._asking else {}
-        for model in page.models:
+        asked = self._ask_servers(page, self._asker) if self._asker else {}
+        for position, model in enumerate(page.models, page.offset):
             try:
                 user = parse_user(model) if self._settings.cull_users else None
                 servers = user.servers if user else parse_servers(model)
@@ -2313,31 +2332,31 @@ class Scan:
             all_due = True
             for server in servers:
                 known = asked.get((server.user, server.name), server) if asked else server
-                all_due &= self._decide_server(known, page)
+                all_due &= self._decide_server(known, page.now, position)
             if user and all_due:
-                self._decide_user(user, page)
+                self._decide_user(user, page.now, position)
 
-    def _ask_servers(self, page: Page, asking: Asking) -> dict[tuple[str, str], Server]:
+    def _ask_servers(self, page: Page, asker: Asker) -> dict[tuple[str, str], Server]:
         """Ask the servers of a page whose answer can decide. Returns them with their own last activity.
 
         Raises HubError.
         """
-        by_then = page.now + (self._settings.warn_before or ZERO)
+        times = {page.now, page.now + (self._settings.warn_before or ZERO)}  # due now, or soon
         servers = [server for model in page.models if name_of(model) for server in parse_servers(model)]
-        worth_asking = [server for server in servers if self._judge.is_worth_asking(server, by_then)]
-        ask = partial(self._ask_server, asking, page.now)
+        worth_asking = [each for each in servers if any(self._judge.worth_asking(each, time) for time in times)]
+        ask = partial(self._ask_server, asker, page.now)
         asked = in_parallel(ask, worth_asking, self._settings.concurrency)
         return {(server.user, server.name): server for server in asked}
 
-    def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
+    def _ask_server(self, asker: Asker, now: datetime, server: Server) -> Server:
         """The server with its own last activity; in doubt if the Hub makes no token for it.
 
         Raises HubError if the Hub makes no token for anybody.
         """
-        if self._context.stop.is_set():
+        if self._context.told_to_stop.is_set():
             return server._replace(doubt="not asked, because the pass is told to stop")
         try:
-            own = with_retries(partial(asking.ask, server), self._context.stop)
+            own = with_retries(partial(asker.ask, server), self._context.told_to_stop)
         except WrongAddress as error:
             self._wrong_address = self._wrong_address or error
             own = OwnActivity(Source.NO_ANSWER)
@@ -2347,41 +2366,41 @@ class Scan:
             return server._replace(doubt=str(error))
         return with_own_activity(server, own, self._settings.idle_by, now)
 
-    def _decide_server(self, server: Server, page: Page) -> bool:
-        """Decide about a server; returns whether it is due."""
+    def _decide_server(self, server: Server, now: datetime, position: int) -> bool:
+        """Decide about a server; returns whether it is due. `position`: of its user in the user list."""
         findings = self._findings
-        verdict = self._judge.server(server, page.now)
+        verdict = self._judge.server(server, now)
         findings.running += server.ready
         if findings.idle_for and server.ready and verdict.idle is not None:
             for step in findings.idle_for:
                 findings.idle_for[step] += verdict.idle >= step
         if verdict.cull:
-            decision = Decision(server.without_models(), verdict, page.offset)
+            decision = Decision(server.without_models(), verdict, position)
             findings.servers.setdefault((server.user, server.name), decision)
             return True
-        if verdict.doubt:
+        if verdict.in_doubt:
             self._count_doubt(server.full_name, verdict.reason)
-        warning = self._warning(server, verdict, page.now) if self._settings.warn_before else None
+        warning = self._warning(server, verdict, now) if self._settings.warn_before else None
         if warning:
             findings.warnings.setdefault((server.user, server.name), warning)
         elif self._on_kept:
             self._on_kept(Decision(server.without_models(), verdict))
         return False
 
-    def _decide_user(self, user: User, page: Page) -> None:
+    def _decide_user(self, user: User, now: datetime, position: int) -> None:
         """Decide about a user all of whose servers are due."""
-        verdict = self._judge.user(user, page.now)
+        verdict = self._judge.user(user, now)
         if verdict.cull:
-            self._findings.users.setdefault(user.name, Decision(user.without_models(), verdict, page.offset))
+            self._findings.users.setdefault(user.name, Decision(user.without_models(), verdict, position))
             return
-        if verdict.doubt:
+        if verdict.in_doubt:
             self._count_doubt(user.full_name, verdict.reason)
         if self._on_kept:
             self._on_kept(Decision(user.without_models(), verdict))
 
     def _warning(self, server: Server, verdict: Verdict, now: datetime) -> Event | None:
         """The warning for a kept server, if it will be due within --warn-before."""
-        found = self._judge.due_within(server, verdict, now, self._settings.warn_before or ZERO)
+        found = self._judge.due_soon(server, verdict, now, self._settings.warn_before or ZERO)
         if not found:
             return None
         due_at, later = found
@@ -2394,11 +2413,11 @@ class Scan:
 
 
 class OwnStops:
-    """Tells the activity of users from that of our own stops: the Hub takes a stop for an activity of the user.
+    """Tells the activity of users from that of our own stops.
 
-    A user who may be deleted is looked at right before and right after each stop. A last activity that is new then is
-    the stop's; whatever else any look has shown is the user's. For example, 9:00 before the stop, 11:30 after it: if
-    the Hub says 11:30 in the end, the user was last active at 9:00.
+    The Hub sets a user's last activity when it stops a server. So a user who may be deleted is looked at right before
+    and right after each stop: a value that is new then is the stop's, every other value is the user's. For example,
+    9:00 before the stop, 11:30 after it: if the Hub still says 11:30 in the end, the user was last active at 9:00.
     """
 
     def __init__(self) -> None:
@@ -2427,9 +2446,17 @@ class Culler:
     """Culls what the scan found. Each server and user is looked at again right before the DELETE."""
 
     def __init__(self, context: PassContext, findings: Findings) -> None:
-        self._hub, self._identity, self._settings, self._judge, self._stop, self._asking = context
+        self._hub = context.hub
+        self._identity = context.identity
+        self._settings = context.settings
+        self._judge = context.judge
+        self._told_to_stop = context.told_to_stop
+        self._asker = context.asker
         self._findings = findings
         self._own_stops = OwnStops()
+        # Servers of a user who may be deleted: no other stop may come between a stop and the looks around it.
+        self._one_by_one = {user: threading.Lock() for user in findings.users}
+        self._deletes_sent: set[str | tuple[str, str]] = set()  # by user, or user and server
         self._ended = False  # early
         self._unanswered = 0  # requests in a row
 
@@ -2462,7 +2489,7 @@ class Culler:
                 undecided.append(self._findings.servers[server.user, server.name])
             else:
                 yield event
-        if error and self._asking and not self._asking.address_is_right:
+        if error and self._asker and not self._asker.address_is_right:
             raise error
         # Another server has answered, so the address is right.
         yield from self._cull_all(self._cull_server, undecided)
@@ -2480,7 +2507,7 @@ class Culler:
         if self._is_over():
             return due
         try:
-            event = with_retries(partial(cull, decision), self._stop)
+            event = with_retries(partial(cull, decision), self._told_to_stop)
         except HubError as error:
             event = due._replace(outcome=Outcome.FAILED, error=error)
         except UnreadableError as error:  # what a rule needs was shown in the list, but is not any more
@@ -2490,7 +2517,7 @@ class Culler:
         return event
 
     def _end_if_unanswered(self, event: Event) -> Event:
-        """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
+        """End the pass after too many unanswered requests in a row. The event that reaches the limit says so."""
         if event.outcome is not Outcome.DUE:
             self._unanswered = self._unanswered + 1 if event.error and event.error.affects_all else 0
         # Exactly this many: the failures still in flight do not say it again.
@@ -2502,25 +2529,29 @@ class Culler:
 
     def _is_over(self) -> bool:
         """True if nothing new may be started."""
-        return self._ended or self._stop.is_set()
+        return self._ended or self._told_to_stop.is_set()
 
     def _cull_server(self, decision: Decision[Server]) -> Event:
         """Look at a server again, and stop it if it is still due."""
-        event = self._look_at_server(decision)
-        if event.outcome is Outcome.DUE and not self._is_over():
-            return self._stop_server(decision, event)
-        return event
+        with self._one_by_one.get(decision.target.user, contextlib.nullcontext()):
+            event = self._look_at_server(decision)
+            if event.outcome is Outcome.DUE and not self._is_over():
+                return self._stop_server(decision, event)
+            return event
 
     def _look_at_server(self, decision: Decision[Server]) -> Event:
         """Decide about a server again, from what the Hub says of it now."""
         server, verdict, _ = decision
         event = Event(server, Outcome.SPARED, "", verdict)
-        self._hub.check_path_safe(server.user, server.name)
+        self._hub.check_names(server.name)  # before the look, so that the DELETE comes right after it
         user, now = self._find_user(server.user, decision)
         if user is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
+        fresh = user.server_or_doubt(server.name)
+        if fresh is None and (server.user, server.name) in self._deletes_sent:
+            self._own_stops.see_after_stop(user, server.name, self._findings.plausible(now) + DATE_ERROR)
+            return event._replace(outcome=Outcome.CULLED, reason=f"{verdict.reason}; {ANSWER_LOST}")
         self._own_stops.see_before_stop(user, server.name)
-        fresh = user.server(server.name)
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="not running any more")
         if fresh.doubt:
@@ -2528,7 +2559,7 @@ class Culler:
         if fresh.pending == "stop":
             return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
-            return event._replace(reason="it was started anew")
+            return event._replace(reason="it was restarted")
         verdict = self._judge_server(fresh, self._findings.plausible(now))
         if not verdict.cull:
             return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
@@ -2538,18 +2569,19 @@ class Culler:
         """Decide about a server, and ask it first if --idle-by says so. `both` asks only what the Hub calls idle."""
         verdict = self._judge.server(server, now)
         undecided = verdict.cull or self._settings.asks_while_scanning  # there the Hub's word does not count
-        if self._asking and undecided and self._judge.is_worth_asking(server, now):
-            server = with_own_activity(server, self._asking.ask(server), self._settings.idle_by, now)
+        if self._asker and undecided and self._judge.worth_asking(server, now):
+            server = with_own_activity(server, self._asker.ask(server), self._settings.idle_by, now)
             verdict = self._judge.server(server, now)
         return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
         server = decision.target
         began = time.monotonic()
+        self._deletes_sent.add((server.user, server.name))
         answer = self._hub.stop(server, remove=self._settings.remove_named_servers)
         if answer.status == 204:
-            # The Hub dates its answer when the request comes, others when they send it, both in whole seconds.
-            latest = self._findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 2)
+            # The Hub's Date is when the request arrived, a proxy's when it answered.
+            latest = self._findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began) + DATE_ERROR
             self._see_own_stop(decision, latest)
             removed = "; removed" if server.name and self._settings.remove_named_servers else ""
             return event._replace(outcome=Outcome.CULLED, reason=event.reason + removed)
@@ -2560,7 +2592,7 @@ class Culler:
             return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
             user, _ = self._find_user(server.user, decision)
-            if user is None or (answer.status == 404 and not user.server(server.name)):
+            if user is None or (answer.status == 404 and not user.server_or_doubt(server.name)):
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
 
@@ -2583,20 +2615,22 @@ class Culler:
         """Decide about a user again, without the activity of our own stops."""
         user, verdict, _ = decision
         event = Event(user, Outcome.SPARED, "", verdict)
-        self._hub.check_path_safe(user.name)
         fresh, now = self._find_user(user.name, decision)
+        if fresh is None and user.name in self._deletes_sent:
+            return event._replace(outcome=Outcome.CULLED, reason=f"{verdict.reason}; {ANSWER_LOST}")
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
         if fresh.servers:
             return event._replace(reason="a server is there again")
         if fresh.created != user.created:
-            return event._replace(reason="it was created anew")
+            return event._replace(reason="the user was created anew")
         verdict = self._judge.user(self._own_stops.leave_out(fresh), self._findings.plausible(now))
         if not verdict.cull:
             return Event(user, Outcome.SPARED, why_spared(verdict), verdict)
         return Event(user, Outcome.DUE, verdict.reason, verdict)
 
     def _delete_user(self, decision: Decision[User], event: Event) -> Event:
+        self._deletes_sent.add(decision.target.name)
         answer = self._hub.delete_user(decision.target.name)
         if answer.status == 204:
             return event._replace(outcome=Outcome.CULLED)
@@ -2613,28 +2647,29 @@ class Culler:
     def _find_user(self, name: str, decision: Decision[Server] | Decision[User]) -> UserNow:
         """Read one user; where that is not possible, find the user in the user list.
 
-        Users who have left the list since the scan can only have moved this one to an earlier page.
+        Users who have left the list since the scan have moved this one forward.
         """
         found = self._hub.user(name)
         if found:
             return found
         size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
-        for offset in [*range(decision.offset, 0, -size), 0]:
+        start = max(decision.position - size // 2, 0)  # not just there: a few users may have come before this one
+        for offset in [*range(start, 0, -size), 0]:
             page = self._hub.page(offset, size=size, ready_only=not self._settings.cull_users)
             for model in page.models:
                 if name_of(model) == name:
                     return UserNow(parse_user(model), page.now)
         return UserNow(None, page.now)
 
-    def _failed(self, event: Event, answer: Answer, scope: str, *more_than_it: str) -> Event:
-        """The event for a DELETE that did not work. `scope` would allow it, and so would those that are more."""
+    def _failed(self, event: Event, answer: Answer, scope: str, *others: str) -> Event:
+        """The event for a DELETE that did not work. `scope`, or one of the others, would allow it."""
         sentence = f"the Hub {answer}"
         kind = f"the Hub answered {answer.status}"
         refused = answer.status in (401, 403)
         if refused:
             sentence += f"; {self._advice(answer, scope)}"
         elif answer.status == 404 and answer.error:
-            filtered = self._identity.filtered(scope, *more_than_it) if self._identity else []
+            filtered = self._identity.filtered(scope, *others) if self._identity else []
             named = " and ".join(filtered) or f"a filtered scope, such as {scope}!group=…,"
             kind = f"{named} does not cover it"
             sentence += f": it is still there, so the token's {kind}"
@@ -2692,9 +2727,9 @@ class PassResult:
         if findings.error:
             self.errors.append(findings.error)
 
-    def add_answers(self, asking: Asking) -> None:
+    def add_answers(self, asker: Asker) -> None:
         """Count the servers that were asked."""
-        answers = Counter(asking.answers.values())
+        answers = Counter(asker.answers.values())
         self.asked = answers.total()
         self.busy, self.no_answer = answers[Source.BUSY_KERNEL], answers[Source.NO_ANSWER]
 
@@ -2710,10 +2745,10 @@ class PassResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of how many, in the words of the log."""
+        """What became of how many, as in the JSON."""
         outcomes = {str(outcome): self.outcomes[outcome] for outcome in FINAL_OUTCOMES}
-        asked = {"asked": self.asked, "busy": self.busy, "no answer": self.no_answer}
-        return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned, **asked}
+        asked = {"asked": self.asked, "busy": self.busy, "no_answer": self.no_answer}
+        return {**outcomes, "deleted": self.deleted, "left_undone": self.undone, "warned": self.warned, **asked}
 
     @property
     def exit_code(self) -> Exit:
@@ -2726,7 +2761,7 @@ class PassResult:
 
     def __str__(self) -> str:
         counts = [f"{self.running} running", f"{self.due_count} due"]
-        counts += [f"{count} {what}" for what, count in self.counts.items() if count]
+        counts += [f"{count} {what.replace('_', ' ')}" for what, count in self.counts.items() if count]
         return f"{', '.join(counts)} in {self.seconds:.1f}s"
 
 
@@ -2895,7 +2930,7 @@ def pass_fields(result: PassResult, url: str) -> dict[str, object]:
         "running": result.running,
         "idle": result.idle,
         "planned": result.due_count,
-        **{what.replace(" ", "_"): count for what, count in result.counts.items()},
+        **result.counts,
         "seconds": round(result.seconds, 3),
         "dry_run": result.dry_run,
         "error": "; ".join(map(str, result.errors)) or None,
@@ -2908,9 +2943,9 @@ class JsonLines:
     When nobody can read it any more, it tells the culler to stop. The log goes on.
     """
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, told_to_stop: threading.Event) -> None:
         self._settings = settings
-        self._stop = stop
+        self._told_to_stop = told_to_stop
         self.broken: OSError | None = None  # why nobody can read it any more
 
     def event(self, event: Event) -> None:
@@ -2934,7 +2969,7 @@ class JsonLines:
             click.echo(json.dumps(fields))
         except OSError as error:
             self.broken = error
-            self._stop.set()
+            self._told_to_stop.set()
 
 
 # ---- The plan of a dry run: a table and bars
@@ -2992,7 +3027,7 @@ def show_plan(
     except FuseBlownError as error:
         lines += wrap(f"But {error}.", width)
     if findings.servers and settings.idle_by is IdleBy.BOTH:
-        lines += wrap("But --idle-by both asks each of them before, and spares those in use.", width)
+        lines += wrap("But --idle-by both asks each of them first, and spares those in use.", width)
     if missing and findings.due_count:
         lines += wrap(f"But the token lacks {' and '.join(missing)}: a real pass would stop nothing.", width)
     if findings.running:
@@ -3196,15 +3231,15 @@ def read_metrics(path: str) -> dict[str, float]:
 
 
 def check_metrics_file(path: str) -> None:
-    """Raise UsageError if the metrics could not be written after a pass."""
+    """Raise SettingsError if the metrics could not be written after a pass."""
     try:
         read_metrics(path)
     except ValueError as error:
-        raise UsageError(f"--metrics-file {path} is there already: {error}.") from None
+        raise SettingsError(f"--metrics-file {path} is there already: {error}.") from None
     except OSError as error:
-        raise UsageError(f"--metrics-file {path} cannot be read: {error.strerror}.") from None
+        raise SettingsError(f"--metrics-file {path} cannot be read: {error.strerror}.") from None
     if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise UsageError(f"--metrics-file {path} cannot be written: its directory must exist and be writable.")
+        raise SettingsError(f"--metrics-file {path} cannot be written: its directory must exist and be writable.")
 
 
 # ---- Notices: the administrator's own command for each event
@@ -3219,14 +3254,14 @@ NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 class Notices:
     """Runs a command for each event, a few at a time, with the event's JSON on its standard input."""
 
-    def __init__(self, command: Sequence[str], settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, command: Sequence[str], settings: Settings, told_to_stop: threading.Event) -> None:
         self._command = command
         self._settings = settings
         # Without $JUPYTERHUB_API_TOKEN, and whatever else holds a token.
         self._environment = {
             name: value for name, value in os.environ.items() if not any(secret in value for secret in SECRETS)
         }
-        self._stop = stop
+        self._told_to_stop = told_to_stop
         self._waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Lists, because several threads add to them.
@@ -3257,7 +3292,7 @@ class Notices:
             name = event.target.full_name.removeprefix("user ")
             yield f"--notify for {name}: {why}", f"--notify: {why.partition(': ')[0]}"
         if self._left_out:
-            why = "told to stop" if self._stop.is_set() else f"{len(self._late)} were not done in time"
+            why = "told to stop" if self._told_to_stop.is_set() else f"{len(self._late)} were not done in time"
             sentence = f"--notify: {len(self._left_out)} left out, because {why}"
             yield sentence, sentence
 
@@ -3274,7 +3309,7 @@ class Notices:
         import subprocess
         import tempfile
 
-        if self._stop.is_set() or len(self._late) >= LATE_NOTICES:
+        if self._told_to_stop.is_set() or len(self._late) >= LATE_NOTICES:
             self._left_out.append(event)
             return ""
         fields = event_fields(event, self._settings)
@@ -3316,7 +3351,7 @@ def last_line(stream: BinaryIO) -> str:
     if start:
         lines = lines[1:]  # the rest of a line, which may begin in the middle of a token
     if not lines:
-        return f"its last line has more than {READ_SIZE} bytes" if start else "no word of why"
+        return f"its last line has more than {READ_SIZE} bytes" if start else "nothing on its stderr"
     return one_line(lines[-1])
 
 
@@ -3341,13 +3376,13 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
     hub = context.hub
     user_name, _, server_name = name.partition("/")
     if not user_name:
-        raise UsageError("--explain: write USER, or USER/SERVER for a named server.")
+        raise SettingsError("--explain: write USER, or USER/SERVER for a named server.")
     found = hub.user(user_name)
     if found is None:
         raise HubError(f"{hub.url} cannot show a single user, so there is nothing to explain; {API_HINT}")
     user, now = found
     if user is None:
-        raise UsageError(f"--explain: {hub.url} knows no user {one_line(user_name, 40)!r}.")
+        raise SettingsError(f"--explain: {hub.url} knows no user {one_line(user_name, 40)!r}.")
     ahead = round((now - datetime.now(UTC)).total_seconds())
     difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
     yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
@@ -3365,15 +3400,15 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
 
 def ask_if_it_decides(context: PassContext, server: Server, now: datetime) -> Server:
     """The server with its own last activity, if --idle-by asks while scanning. Raises HubError."""
-    if not (context.asking and context.settings.asks_while_scanning and context.judge.is_worth_asking(server, now)):
+    if not (context.asker and context.settings.asks_while_scanning and context.judge.worth_asking(server, now)):
         return server
-    return with_own_activity(server, context.asking.ask(server), context.settings.idle_by, now)
+    return with_own_activity(server, context.asker.ask(server), context.settings.idle_by, now)
 
 
 def explain_server(context: PassContext, user: User, name: str, now: datetime) -> Iterator[tuple[str, str]]:
     """What decides about a server of a user."""
     settings, judge = context.settings, context.judge
-    server = user.server(name)
+    server = user.server_or_doubt(name)
     if server is None:
         full_name = printable(f"{user.name}/{name}" if name else user.name)
         others = ", ".join(each.full_name for each in user.servers)
@@ -3382,9 +3417,9 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
         return
     yield "server", server.full_name
     if settings.idle_by is IdleBy.BOTH:
-        yield "asked", "no: that counts as activity, so it is asked only before it is stopped"
+        yield "asked", "no: to the Hub that looks like activity, so it is asked only before it is stopped"
     elif server.source is Source.NO_ANSWER:
-        yield "asked", f"no answer: {context.asking.first_problem if context.asking else ''}"
+        yield "asked", f"no answer: {context.asker.first_problem if context.asker else ''}"
     elif server.source is not Source.HUB:
         yield "asked", "yes"
     verdict = judge.server(server, now)
@@ -3392,8 +3427,10 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
     pending = f", pending {one_line(server.pending, 20)}" if server.pending else ""
     yield "ready", "unknown" if server.doubt else f"{ready}{pending}"
     yield from explain_times(server.last_activity, "started", server.started, verdict)
-    yield from explain_rules(server, judge.rules)
-    policy = judge.server_policies.find(server)
+    policy = judge.server_policies.default
+    if not server.doubt:  # else its model may lack what a rule matches
+        yield from explain_rules(server, judge.rules)
+        policy = judge.server_policies.find(server)
     yield from explain_limits(policy, server.last_activity, server.started, now)
     if settings.arbiter:
         yield "arbiter", "decides in place of the timeout"
@@ -3466,23 +3503,24 @@ def explain_limit(limit: Limit, since: datetime | None, now: datetime) -> str:
 
 TOKEN_SECONDS = 5  # how long a pipe may keep us waiting for a token
 LONGEST_TOKEN = 1 << 16  # bytes
+SAME_TIME = timedelta(seconds=30)  # so exact is what a server tells of its last activity, at least
 
 
 def read_token(path: str | None) -> str:
-    """Read the API token from a file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises UsageError."""
+    """Read the API token from a file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises SettingsError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
     in_environment = os.environ.get("JUPYTERHUB_API_TOKEN", "").strip()
     try:
         token = read_token_file(path).strip() if path else in_environment
     except OSError as error:
         why = error.strerror or error
-        raise UsageError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None
+        raise SettingsError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None
     if not token:
         state = "is empty" if path or "JUPYTERHUB_API_TOKEN" in os.environ else "is not set"
         other = "" if path else ", or into a file for --token-file"
-        raise UsageError(f"{source} {state}: put an API token of the Hub there{other} (README: a first look).")
+        raise SettingsError(f"{source} {state}: put an API token of the Hub there{other} (README: a first look).")
     if not re.fullmatch("[!-~]+", token):
-        raise UsageError(f"{source} holds no API token: a token is one word of plain ASCII characters.")
+        raise SettingsError(f"{source} holds no API token: a token is one word of plain ASCII characters.")
     SECRETS.add(token)
     if in_environment:
         SECRETS.add(in_environment)
@@ -3513,39 +3551,39 @@ def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set. A second signal ends the program at once."""
     import signal
 
-    stop = threading.Event()
+    told_to_stop = threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def handle(number: int, _frame: object) -> None:
         for each in signals:  # PID 1, as in a container, would not be ended by the default action
             signal.signal(each, exit_at_once if os.getpid() == 1 else signal.SIG_DFL)
-        stop.set()
+        told_to_stop.set()
         if number == signal.SIGINT and sys.stderr.isatty():
             os.write(2, f"{ERASE_LINE}finishing what is in flight; press Ctrl-C again to quit at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in signals}
     try:
-        yield stop
+        yield told_to_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def exit_at_once(number: int, _frame: object) -> None:
-    """What a shell would make of a process that a signal has ended."""
+    """Exit with the code that a shell reports for a process killed by this signal."""
     os._exit(128 + number)
 
 
 class Loop:
     """Makes passes, as the settings say, until told to stop."""
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
-        """Read the first token. Raises UsageError."""
+    def __init__(self, settings: Settings, told_to_stop: threading.Event) -> None:
+        """Read the first token. Raises SettingsError."""
         self.settings = settings
-        self.stop = stop
+        self.told_to_stop = told_to_stop
         self.log = Log(settings)
         self._judge = Judge(settings)
-        self.json_lines = JsonLines(settings, stop)
+        self.json_lines = JsonLines(settings, told_to_stop)
         self._token = read_token(settings.token_file)
         self._token_problem = ""  # why the last token is still used
         self._identity: Identity | None = None
@@ -3561,7 +3599,7 @@ class Loop:
         """Make one pass."""
         result = self.make_pass()
         self.report(result)
-        if self.stop.is_set():
+        if self.told_to_stop.is_set():
             self.log.say("error", "told to stop before the pass was over")
             return max(result.exit_code, Exit.UNDONE)
         return result.exit_code
@@ -3569,7 +3607,7 @@ class Loop:
     def run_forever(self) -> Exit:
         """Make passes until told to stop. After a pass that failed the next one comes sooner: in 2, 4, 8 … seconds."""
         failures = 0
-        while not self.stop.is_set():
+        while not self.told_to_stop.is_set():
             began = time.monotonic()
             result = self.make_pass()
             failures = failures + 1 if result.exit_code else 0
@@ -3577,8 +3615,8 @@ class Loop:
             pause = (
                 min(2.0 ** min(failures, 20), interval) if failures else max(interval - (time.monotonic() - began), 0)
             )
-            self.report(result, None if self.stop.is_set() else pause)
-            if not self.stop.wait(pause):
+            self.report(result, None if self.told_to_stop.is_set() else pause)
+            if not self.told_to_stop.wait(pause):
                 self._read_token_again()
         self.log.say("info", "told to stop")
         return Exit.DONE
@@ -3587,8 +3625,8 @@ class Loop:
         """Explain one decision. Raises CullError."""
         with self._open_hub() as hub:
             self._check_scopes(hub)
-            with self._asking(hub) as asking:
-                print_facts(explanation(self._context(hub, asking), name))
+            with self._open_asker(hub) as asker:
+                print_facts(explanation(self._context(hub, asker), name))
         return Exit.DONE
 
     def make_pass(self) -> PassResult:
@@ -3598,8 +3636,8 @@ class Loop:
         try:
             with self._open_hub() as hub:
                 self._check_scopes(hub)
-                with self._asking(hub, result) as asking:
-                    context = self._context(hub, asking)
+                with self._open_asker(hub, result) as asker:
+                    context = self._context(hub, asker)
                     if self.settings.dry_run:
                         self._plan(context, result)
                     else:
@@ -3610,26 +3648,26 @@ class Loop:
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
 
-    def _context(self, hub: Hub, asking: Asking | None) -> PassContext:
-        return PassContext(hub, self._identity, self.settings, self._judge, self.stop, asking)
+    def _context(self, hub: Hub, asker: Asker | None) -> PassContext:
+        return PassContext(hub, self._identity, self.settings, self._judge, self.told_to_stop, asker)
 
     @contextlib.contextmanager
-    def _asking(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asking | None]:
+    def _open_asker(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asker | None]:
         """What asks servers, if they are to be asked; in the end the result counts them. Raises HubError."""
         if not self.settings.asks_servers:
             yield None
             return
-        with Asking(hub, self.settings, address_is_right=self._address_is_right) as asking:
-            asking.check()
+        with Asker(hub, self.settings, address_is_right=self._address_is_right) as asker:
+            asker.check()
             try:
-                yield asking
+                yield asker
             finally:
-                self._address_is_right = asking.address_is_right
+                self._address_is_right = asker.address_is_right
                 if result:
-                    result.add_answers(asking)
+                    result.add_answers(asker)
                 if result and result.no_answer:
                     count = f"{result.no_answer} of {result.asked} servers asked gave no answer"
-                    self.log.say("warning", f"{count}, so the Hub's word counts; the first: {asking.first_problem}")
+                    self.log.say("warning", f"{count}, so the Hub's word counts; the first: {asker.first_problem}")
 
     def _cull(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
@@ -3671,11 +3709,12 @@ class Loop:
 
     def _new_warnings(self, findings: Findings) -> Iterator[Event]:
         """Warnings of servers that will be due soon, each once, until something happens to the server."""
-        if not findings.error and findings.hub_time:  # a server that is not listed this time may be the next time
+        if not findings.error and findings.hub_time:  # after a failed scan, a server that is not listed may come back
             now = findings.hub_time
             self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now}
         for key, event in findings.warnings.items():
-            if event.due_at and self._warned.get(key) != event.due_at:
+            before = self._warned.get(key)
+            if event.due_at and (before is None or abs(event.due_at - before) > SAME_TIME):
                 self._warned[key] = event.due_at
                 yield event
             else:
@@ -3687,7 +3726,7 @@ class Loop:
         if not self.settings.notify:
             yield None
             return
-        notices = Notices(self.settings.notify, self.settings, self.stop)
+        notices = Notices(self.settings.notify, self.settings, self.told_to_stop)
         try:
             yield notices
         finally:
@@ -3715,7 +3754,7 @@ class Loop:
         problem = ""
         try:
             self._token = read_token(self.settings.token_file)
-        except UsageError as error:
+        except SettingsError as error:
             problem = str(error)
         if problem and problem != self._token_problem:
             self.log.say("warning", f"{problem} The last token is used until then.")
@@ -3727,10 +3766,11 @@ class Loop:
 
     def _check_scopes(self, hub: Hub) -> None:
         """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""
-        if self._scopes_checked and not self.settings.asks_servers:  # without `tokens`, servers seem not to answer
+        # Where servers are asked, before each pass: without the scope `tokens` they would seem not to answer.
+        if self._scopes_checked and not self.settings.asks_servers:
             return
         try:
-            self._identity = with_retries(hub.identity, self.stop)
+            self._identity = with_retries(hub.identity, self.told_to_stop)
         except TryAgain:
             raise
         except HubError:  # GET /users will say it better
@@ -3785,8 +3825,8 @@ def stop_idle_servers(**values: Any) -> Exit:
         )
     if settings.metrics_file:
         check_metrics_file(settings.metrics_file)
-    with stop_signals() as stop:
-        loop = Loop(settings, stop)
+    with stop_signals() as told_to_stop:
+        loop = Loop(settings, told_to_stop)
         for warning in warnings_about(settings):
             loop.log.say("warning", warning)
         if settings.explain is not None:
@@ -3795,11 +3835,22 @@ def stop_idle_servers(**values: Any) -> Exit:
 
 
 def warnings_about(settings: Settings) -> Iterator[str]:
-    """What in the settings or the environment is probably not meant so."""
-    if ZERO < settings.timeout < ACTIVITY_INTERVAL and settings.idle_by is IdleBy.HUB:
+    """What in the settings or the environment is probably a mistake."""
+    timeouts = [("--timeout", settings.timeout)]
+    timeouts += [
+        (f"rule {number}: timeout", rule.timeout) for number, rule in enumerate(settings.rule, 1) if rule.timeout
+    ]
+    for name, timeout in timeouts:
+        if ZERO < timeout < ACTIVITY_INTERVAL and settings.idle_by is IdleBy.HUB:
+            yield (
+                f"{name} {format_duration(timeout)} may stop servers in use: a Hub refreshes last_activity"
+                " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe"
+            )
+    once = settings.once or settings.dry_run or settings.explain is not None
+    if settings.warn_before and not once and settings.interval > settings.warn_before:
         yield (
-            f"--timeout {format_duration(settings.timeout)} may stop servers in use: a Hub refreshes last_activity"
-            " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe"
+            f"--cull-every {format_duration(settings.interval)} is longer than --warn-before"
+            f" {format_duration(settings.warn_before)}: some servers will be stopped without a warning"
         )
     prefix = "CULL_IDLE_"
     known = [f"{prefix}{field.name.upper()}" for field in dataclasses.fields(Settings)]
@@ -3807,7 +3858,7 @@ def warnings_about(settings: Settings) -> Iterator[str]:
     for name in sorted(os.environ):
         if name.startswith(prefix) and name not in known and name not in own:
             suggestion = f"; did you mean ${near[0]}?" if (near := similar(name, known)) else ""
-            yield f"${printable(name)} is no option of this program{suggestion}"
+            yield f"${printable(name)} is not an option of this program{suggestion}"
 
 
 def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -3850,9 +3901,8 @@ def make_command(program: str = PROGRAM) -> click.Command:
         callback=stop_idle_servers,
         help="Stop the idle servers of a JupyterHub: once, or in a loop."
         " The API token comes from $JUPYTERHUB_API_TOKEN or --token-file.",
-        epilog="A DURATION is a number of seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment"
-        " variable too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable"
-        " Hub.",
+        epilog="A DURATION is a number of seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is a variable,"
+        " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             # as the old scripts wrote them, and jupyterhub-idle-culler in full
@@ -3904,7 +3954,7 @@ def run_command_line(args: list[str] | None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
-            raise UsageError("click is too old here and would misread options: pip install --upgrade click")
+            raise SettingsError("click is too old here and would misread options: pip install --upgrade click")
         return int(make_command(program).main(args, program, standalone_mode=False))
     except click.ClickException as error:
         name_source(error)

@@ -79,6 +79,11 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         (["--timeout=never"], "interval", 5 * MINUTE),
         (["--timeout=0"], "interval", 5 * MINUTE),
         (["--timeout=0", "--max-age=1h"], "interval", 30 * MINUTE),
+        (["--timeout=1d", "--max-age=1h"], "interval", 30 * MINUTE),
+        (["--timeout=1d", "--rule=group=gpu timeout=40m", "--rule=user=x keep"], "interval", 20 * MINUTE),
+        (["--timeout=1d", "--rule=group=gpu max-age=2h timeout=0"], "interval", 60 * MINUTE),
+        (["--timeout=1h", "--warn-before=10m"], "interval", 10 * MINUTE),
+        (["--timeout=1h", "--warn-before=10m", "--cull-every=20m"], "interval", 20 * MINUTE),
         (["--timeout=1"], "interval", MINUTE / 60),
         (["--concurrency=1"], "concurrency", 1),
         (["--concurrency=1000"], "concurrency", 1000),
@@ -171,6 +176,20 @@ def test_a_timeout_below_the_activity_interval_of_the_hub_is_a_warning(
 ) -> None:
     (line,) = cull(f"--timeout={timeout}").warnings
     assert f"--timeout {timeout} " in line
+
+
+def test_so_is_a_timeout_of_a_rule(cull: Cull, settings_of: SettingsOf) -> None:
+    (line,) = cull("--timeout=1h", "--rule=user=x keep", "--rule=user=y timeout=1m").warnings
+    assert "rule 2" in line
+    assert "1m" in line
+
+
+@pytest.mark.parametrize(("flags", "warned"), [([], True), (["--once"], False), (["--dry-run"], False)])
+def test_passes_too_rare_to_warn_of_every_stop_are_a_warning(
+    cull: Cull, settings_of: SettingsOf, flags: list[str], warned: bool
+) -> None:
+    lines = cull("--timeout=1h", "--warn-before=10m", "--cull-every=20m", *flags).warnings
+    assert [("--cull-every" in line, "--warn-before" in line) for line in lines] == [(True, True)] * warned
 
 
 @pytest.mark.parametrize("timeout", ["0", "5m30s", "1h", "never"])

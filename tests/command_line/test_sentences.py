@@ -654,8 +654,8 @@ NOT_SHOWN = "its last_activity is not shown; the token needs the scope read:user
         ({"last_activity": DROP}, NOT_SHOWN),
         ({"last_activity": "x", "admin": None}, "created or last_activity: 'x' is not a time"),
         ({"last_activity": DROP, "created": "x"}, NOT_SHOWN),
-        ({"admin": None}, "the Hub does not say whether it is an admin"),
-        ({"admin": DROP}, "the Hub does not say whether it is an admin"),
+        ({"admin": None}, "the Hub does not say whether the user is an admin"),
+        ({"admin": DROP}, "the Hub does not say whether the user is an admin"),
     ],
 )
 def test_the_doubt_about_a_user(changes: dict[str, object], doubt: str) -> None:
@@ -745,7 +745,7 @@ CHANGES = [
     ),
     pytest.param(
         lambda hub: setattr(hub.users["ann"].servers[""], "started", hub.now),
-        "INFO     spared ann: it was started anew",
+        "INFO     spared ann: it was restarted",
         id="new",
     ),
     pytest.param(lambda hub: hub.users.clear(), "INFO     gone ann: the user is gone", id="no such user"),
@@ -883,10 +883,10 @@ def start_a_server(hub: ScriptedHub) -> None:
     ("change", "reason"),
     [
         (promote, "admins are not deleted"),
-        (create_anew, "it was created anew"),
+        (create_anew, "the user was created anew"),
         (start_a_server, "a server is there again"),
         (lambda hub: hub.touch("ann"), "active again 0s ago"),
-        (lambda hub: hub.users["ann"].extra.update(admin=None), "the Hub does not say whether it is an admin"),
+        (lambda hub: hub.users["ann"].extra.update(admin=None), "the Hub does not say whether the user is an admin"),
     ],
 )
 def test_why_a_user_is_spared(
@@ -1148,10 +1148,10 @@ def test_a_stdout_that_is_full(scripted: ScriptedHub) -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("", "'' is no program that can be run"),
+        ("", "'' is not a program that can be run"),
         ("'unclosed", "No closing quotation"),
-        ("no-such-command here", "'no-such-command' is no program that can be run"),
-        ("/", "'/' is no program that can be run"),
+        ("no-such-command here", "'no-such-command' is not a program that can be run"),
+        ("/", "'/' is not a program that can be run"),
     ],
 )
 def test_a_command_that_cannot_be_run(cull_scripted: Cull, command: str, sentence: str) -> None:
@@ -1164,19 +1164,19 @@ MEBIBYTE = 1 << 20
 @pytest.mark.parametrize(
     ("script", "end"),
     [
-        pytest.param("exit 3", "exited with 3: no word of why", id="exits with 3"),
+        pytest.param("exit 3", "exited with 3: nothing on its stderr", id="exits with 3"),
         pytest.param("echo 'no such address' >&2; exit 75", "exited with 75: no such address", id="says why"),
         pytest.param(
             "echo usage >&2; echo >&2; echo 'bad word' >&2; echo >&2; exit 1", "exited with 1: bad word", id="last line"
         ),
-        pytest.param("echo oh; exit 1", "exited with 1: no word of why", id="writes to stdout"),
+        pytest.param("echo oh; exit 1", "exited with 1: nothing on its stderr", id="writes to stdout"),
         pytest.param(r"printf '\033[31m\377\n' >&2; exit 1", "exited with 1: \\x1b[31m\ufffd", id="writes no text"),
         pytest.param(
             f"{{ head -c {4 * MEBIBYTE} /dev/zero; echo; head -c 999 /dev/zero; }} | tr '\\0' x >&2; exit 1",
             "exited with 1: " + "x" * 199 + "…",
             id="writes much",
         ),
-        pytest.param("kill -9 $$", "was killed (9): no word of why", id="is killed"),
+        pytest.param("kill -9 $$", "was killed (9): nothing on its stderr", id="is killed"),
         pytest.param("exec sleep 60", "was not done after 0.3s, and is given up", id="hangs"),
     ],
 )

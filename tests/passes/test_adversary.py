@@ -251,6 +251,16 @@ def test_to_find_a_user_in_the_user_list_again_takes_a_page_or_two(cull_scripted
     assert result.exit_code == 0
 
 
+@pytest.mark.parametrize("due", [0, 60, 150, 199, 203])
+def test_a_user_anywhere_on_a_page_is_found_in_the_user_list_again(
+    cull_scripted: Cull, scripted: ScriptedHub, due: int
+) -> None:
+    for number in range(204):
+        scripted.add(f"user-{number}", idle=LONG_AGO if number == due else 60)
+    scripted.fault("GET", "/users/.*", foreign(404), times=None)
+    assert cull_scripted("--timeout=1h").outcomes == {f"user-{due}": "culled"}
+
+
 def test_what_the_user_list_does_not_have_any_more_is_gone(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.add("bob", idle=60)

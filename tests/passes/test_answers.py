@@ -110,6 +110,16 @@ def test_a_server_is_stopped_and_then_its_user_deleted(cull_scripted: Cull, scri
     assert deletes[2:] == ["DELETE /users/ann"]
 
 
+def test_around_each_stop_a_user_who_may_be_deleted_is_looked_at(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """Else the stop of another server of the user could pass for an activity of the user."""
+    for name in ("", "a", "b", "c"):
+        scripted.add("ann", name, idle=LONG_AGO)
+    assert cull_scripted("--timeout", "1h", "--cull-users").exit_code == 0
+    methods = [line.split()[0] for line in scripted.lines() if "/users/ann" in line]
+    assert methods == ["GET", "DELETE", "GET"] * 4 + ["GET", "DELETE"]
+    assert scripted.users == {}
+
+
 def test_a_server_that_takes_longer_than_the_hub_waits_is_stopping_and_keeps_its_user(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
@@ -302,7 +312,14 @@ def test_a_delete_whose_answer_is_lost_is_looked_at_again(
     scripted.fault("DELETE", path, done_but_lost())
     result = cull_scripted("--timeout", "1h", ann)
     assert result.exit_code == 0
-    assert result.outcomes[name] == "gone"
+    assert result.outcomes[name] == ("culled" if path.endswith("server") else "deleted")
+
+
+def test_a_stop_whose_answer_is_lost_is_no_activity_of_the_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", done_but_lost())
+    assert cull_scripted("--timeout=1h", "--cull-users").outcomes == {"ann": "culled", "user ann": "deleted"}
+    assert scripted.users == {}
 
 
 @pytest.mark.parametrize(("path", "name"), [SERVER, USER])

@@ -162,6 +162,13 @@ def test_while_scanning_only_those_are_asked_whose_word_can_decide(cull_asking: 
     assert scripted.running() == {"young", "old", "kept", "pending"}
 
 
+def test_who_will_be_too_old_soon_is_asked_all_the_same(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=8.5 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.add("bob", idle=10, age=8.5 * HOUR, says=FakeJupyter(ago(LONG_AGO)))
+    result = cull_asking("--idle-by=server", "--max-age=9h", "--warn-before=40m")
+    assert result.outcomes == {"ann": "warned", "bob": "culled"}
+
+
 def test_who_is_due_is_asked_again_before_the_stop(cull_asking: Cull, scripted: ScriptedHub) -> None:
     server = scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
 

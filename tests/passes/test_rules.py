@@ -25,6 +25,7 @@ HOUR = 3600
          timedelta(days=1), False),
         ("'user=dave smith' keep", ["user"], None, None, True),
         ('option.display="a b" keep', ["option.display"], None, None, True),
+        ("option.max_age=x keep", ["option.max_age"], None, None, True),
         ("timeout=1h", [], timedelta(hours=1), None, False),
         ("group=a group=b keep", ["group", "group"], None, None, True),
     ],

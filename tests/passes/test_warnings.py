@@ -13,7 +13,7 @@ from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_hub import LONG_AGO, ScriptedHub, normal, respond, respond_json, user_model
+from scripted_hub import ALL_SCOPES, LONG_AGO, FakeJupyter, ScriptedHub, normal, respond, respond_json, user_model
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
 SECOND, MINUTE, HOUR = 1, 60, 3600
@@ -287,11 +287,25 @@ def test_a_server_is_warned_once_until_it_was_active_and_is_idle_again(hub: Real
             nothing,
             nothing,
             lambda: hub.touch("ann", "gpu"),
-            lambda: hub.touch("ann", "gpu", idle_seconds=NEARLY),
+            lambda: hub.touch("ann", "gpu", idle_seconds=NEARLY - 60),
             nothing,
         ],
     ).passes
     assert [warned(each) for each in passes] == [["ann", "ann/gpu"], [], [], [], ["ann/gpu"], []]
+
+
+def test_what_a_server_says_a_few_seconds_off_causes_no_second_warning(loop: RunLoop, scripted: ScriptedHub) -> None:
+    scripted.scopes = [*ALL_SCOPES, "tokens"]
+    says = FakeJupyter(NOW)
+    scripted.add("ann", age=3 * HOUR, says=says)
+
+    def idle_for(seconds: float) -> Callable[[], None]:
+        return lambda: setattr(says, "last_activity", datetime.now(UTC) - timedelta(seconds=seconds))
+
+    idle_for(NEARLY)()
+    between = [idle_for(NEARLY - 9), idle_for(NEARLY + 9), idle_for(NEARLY - 120)]
+    passes = loop(scripted, *ARGS, "--idle-by=server", between=between).passes
+    assert [warned(each) for each in passes] == [["ann"], [], [], ["ann"]]
 
 
 def test_a_server_that_was_warned_is_kept_from_then_on(loop: RunLoop, nearly: ScriptedHub) -> None:
