@@ -172,6 +172,13 @@ def test_no_color_turns_colours_off(scripted: ScriptedHub) -> None:
     assert b"\x1b[31mstopped\x1b[0m: idle" in in_terminal(scripted, 80, *args, env={"NO_COLOR": ""}).written
 
 
+def test_a_dumb_terminal_gets_no_colours(scripted: ScriptedHub) -> None:
+    args = one_idle(scripted)
+    written = in_terminal(scripted, 80, *args, env={"TERM": "dumb"}).written
+    assert b"stopped: idle" in written
+    assert b"\x1b" not in written
+
+
 def test_force_color_turns_colours_on(scripted: ScriptedHub) -> None:
     args = one_idle(scripted)
     assert b"\x1b[31mstopped\x1b[0m: idle" in in_pipe(scripted, *args, env={"FORCE_COLOR": "1"})[0]
