@@ -253,6 +253,7 @@ def managed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_the_hub_starts_it_and_it_culls(managed: Managed) -> None:
     managed.assert_culls()
     assert len(managed.machine.alive()) == 1
+    assert re.search(r"\bcull.idle: culled idle:", managed.hub.log())  # among the Hub's own lines
 
 
 @pytest.mark.parametrize("managed", [False], ids=["http"], indirect=True)

@@ -180,7 +180,7 @@ def test_without_a_client_certificate_the_hub_refuses(hub: RealHub, cull: Cull) 
 
 def test_a_hub_with_internal_ssl_does_not_answer_http(hub: RealHub, cull: Cull) -> None:
     result = cull("--once", "--url", hub.url.replace("https:", "http:"), token=hub.culler_token)
-    assert_one_sentence(result, "connection")
+    assert_one_sentence(result, f"connection.*--url {hub.url}")
 
 
 def assert_one_sentence(result: Result, part: str) -> None:

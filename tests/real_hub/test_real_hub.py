@@ -329,8 +329,18 @@ def test_a_missing_scope_is_named_with_the_role_that_grants_it(
 
 @pytest.mark.behaviour("scopes")
 @pytest.mark.needs("scopes")
-def test_a_dry_run_needs_no_scope_to_stop_anything(hub: RealHub, cull_real: Cull) -> None:
-    assert cull_real("--dry-run", token=hub.token_with("list:users", "read:servers")).exit_code == 0
+def test_a_dry_run_needs_no_scope_to_stop_anything_but_names_what_a_pass_lacks(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", **IDLE)
+    reading = ["list:users", "read:users:activity", "read:servers"]
+    for scopes, missing in [
+        (reading, {"delete:servers", "admin:users"}),
+        ([*reading, "delete:servers"], {"admin:users"}),
+        ([*reading, "delete:servers", "admin:users"], set()),
+    ]:
+        result = cull_real("--dry-run", "--timeout=1h", "--cull-users", token=hub.token_with(*scopes))
+        assert (result.exit_code, result.err) == (0, "")
+        assert "1 of 1 running" in result.out
+        assert set(re.findall(r"(?:delete|admin):\w+", result.out)) == missing
 
 
 @pytest.mark.behaviour("scopes")
@@ -392,10 +402,20 @@ class OtherBecomesActive:
 
 
 @pytest.mark.behaviour("messages")
+def test_https_is_given_up_soon_and_http_is_suggested(hub: RealHub, cull_real: Cull) -> None:
+    """Such a Hub answers nothing to the first message of TLS."""
+    began = time.monotonic()
+    result = cull_real("--url", hub.url.replace("http:", "https:"))
+    assert time.monotonic() - began < 30  # not the minute of --request-timeout, several times
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert f"--url {hub.url}" in line
+
+
+@pytest.mark.behaviour("messages")
 @pytest.mark.parametrize("path", ["", "/hub"])
 def test_a_url_without_the_api_gets_a_sentence(hub: RealHub, cull_real: Cull, path: str) -> None:
     result = cull_real("--url", hub.url.removesuffix("/hub/api") + path)
     assert result.exit_code == 3
     (line,) = result.lines
-    assert "--url" in line
-    assert "/hub/api" in line
+    assert f"--url {hub.url}" in line
