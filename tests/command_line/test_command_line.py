@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub
 from settings import SettingsOf
 

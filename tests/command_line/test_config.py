@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import ScriptedHub
 from settings import SettingsOf
 

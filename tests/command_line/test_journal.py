@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import TIMESTAMP, Cull
 from processes import PROGRAM
+from runs import TIMESTAMP, Cull
 from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
 import cull_idle

@@ -17,10 +17,10 @@ from typing import IO, Any, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import pytest
-from conftest import TIMESTAMP, Cull, Result
 from hub import RealHub
 from processes import PROGRAM
 from readme_text import rows
+from runs import TIMESTAMP, Cull, Result
 from scripted_hub import (
     HOUR,
     LONG_AGO,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from processes import Start
 from readme_text import BLOCKS
+from runs import Cull, Result, RunLoop
 from scripted_hub import LONG_AGO, NEARLY_DUE, ScriptedHub, edited, respond, then_do
 
 import cull_idle

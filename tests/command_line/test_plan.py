@@ -8,10 +8,10 @@ from datetime import timedelta
 import click
 import pytest
 import wcwidth
-from conftest import Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import Cull
 from scripted_hub import HOUR, ScriptedHub
 from terminal import in_pipe, in_terminal
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import click
 import pytest
-from conftest import Cull, Result, RunLoop
 from processes import PROGRAM
+from runs import Cull, Result, RunLoop
 from scripted_hub import (
     DROP,
     HOUR,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import Cull, Result
 from processes import PROGRAM, Running, Start
+from runs import Cull, Result
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 from terminal import read_some
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import pytest
-from conftest import Cull, Result
+from runs import Cull, Result
 from scripted_hub import (
     ALL_SCOPES,
     NO_ACCESS,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cull, Result
 from hub import free_ports
+from runs import Cull, Result
 from scripted_hub import (
     ALL_SCOPES,
     FakeJupyter,

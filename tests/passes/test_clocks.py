@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Cull, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import Cull, Result
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
 
 HOUR = 3600.0

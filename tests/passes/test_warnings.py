@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import Cull, Result, RunLoop
 from scripted_hub import LONG_AGO, ScriptedHub, normal, respond, respond_json, user_model
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
+from runs import Cull, Result
 
 HOUR = 3600
 IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}

@@ -15,8 +15,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import requests
-from conftest import Cull, Result
 from hub import RealHub
+from runs import Cull, Result
 
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 60}

@@ -14,8 +14,8 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
+from runs import Cull, Result
 
 IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 
