@@ -260,8 +260,8 @@ def format_time(moment: datetime) -> str:
 # ---- Servers and users: the Hub's JSON as typed values
 
 
-class SaidBy(enum.Enum):
-    """Whose word a server's last activity is; the values are words for a log line."""
+class Source(enum.Enum):
+    """Who says when a server was last active; the values are words for a log line."""
 
     HUB = ""
     NO_ANSWER = "says the Hub, because the server gave no answer"
@@ -283,7 +283,7 @@ class Server(NamedTuple):
     doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
     model: Mapping[str, Any]  # as the Hub has it, for rules and an arbiter
     user_model: Mapping[str, Any]
-    said_by: SaidBy = SaidBy.HUB  # whose word last_activity is
+    source: Source = Source.HUB  # who says last_activity
 
     @property
     def full_name(self) -> str:
@@ -321,7 +321,7 @@ class User(NamedTuple):
         return self._replace(servers=[], model={})
 
 
-def read_user(model: object) -> User:
+def parse_user(model: object) -> User:
     """Turn a user model of the REST API, of any Hub since 0.6, into values.
 
     A field that is missing or malformed becomes a `doubt`. Raises ValueError only for a model without a name.
@@ -341,10 +341,10 @@ def read_user(model: object) -> User:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
         doubt = "the Hub does not say whether it is an admin"
-    return User(model["name"], admin is not False, created, last_activity, read_servers(model), doubt, model)
+    return User(model["name"], admin is not False, created, last_activity, parse_servers(model), doubt, model)
 
 
-def read_servers(model: object) -> list[Server]:
+def parse_servers(model: object) -> list[Server]:
     """Turn the servers in a user model into values. Raises ValueError only for a model without a name."""
     model = with_name(model)
     name, servers = model["name"], model.get("servers")
@@ -353,14 +353,14 @@ def read_servers(model: object) -> list[Server]:
             # JupyterHub 0.8 with named servers lists only ready ones; `pending` of the user is the default server's.
             servers = {**servers, "": {"url": None}}
         return [
-            read_server(name, server_name, server, model)
+            parse_server(name, server_name, server, model)
             for server_name, server in servers.items()
             if not (isinstance(server, dict) and server.get("stopped") is True)
         ]
     if "servers" not in model and "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the user's own keys describe the default server.
         running = model["server"] or model.get("pending")
-        return [read_server(name, "", {"url": model["server"]}, model)] if running else []
+        return [parse_server(name, "", {"url": model["server"]}, model)] if running else []
     doubt = "its servers are not shown; the token needs the scope read:servers"
     return [Server(name, "", False, "", None, None, doubt, {}, model)]
 
@@ -373,12 +373,12 @@ def name_of(model: object) -> str:
 
 def with_name(model: object) -> dict[str, Any]:
     """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
-    if isinstance(model, dict) and name_of(model):
+    if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
         return model
     raise ValueError("answered a user without a name")
 
 
-def read_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
+def parse_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
     """Turn a server model, with the user model around it, into values."""
     if not isinstance(model, dict):
         return Server(user, name, False, "", None, None, "its model is not a JSON object", {}, user_model)
@@ -411,23 +411,29 @@ def read_server(user: str, name: str, model: object, user_model: Mapping[str, ob
 
 
 class IdleBy(enum.StrEnum):
-    """Whose word about a server's last activity counts (--idle-by)."""
+    """Which last activity of a server counts (--idle-by)."""
 
-    HUB = "hub"  # the Hub's
+    HUB = "hub"  # as the Hub knows it
     BOTH = "both"  # the later of the Hub's and the server's own
     SERVER = "server"  # the server's own
     KERNELS = "kernels"  # that of the server's kernels and terminals
 
 
 class Limit(NamedTuple):
-    """A duration from which on something is due, and where it comes from."""
+    """A duration from which on something is due, and the rule that sets it."""
 
     duration: timedelta  # NEVER for none
-    source: str = ""  # " by rule …"; empty for an option
+    rule_number: int = 0  # 0 for an option
+    rule_text: str = ""
 
     def __str__(self) -> str:
         limit = "no limit" if self.duration == NEVER else f"limit {format_duration(self.duration)}"
-        return limit + self.source
+        return f"{limit}{self.by_rule}: {self.rule_text}" if self.rule_number else limit
+
+    @property
+    def by_rule(self) -> str:
+        """` by rule 2`, empty for an option."""
+        return f" by rule {self.rule_number}" if self.rule_number else ""
 
 
 class Policy(NamedTuple):
@@ -441,68 +447,83 @@ class Policy(NamedTuple):
     kept_by: str = ""  # the rule that keeps it, whatever the limits
 
 
+class Measure(enum.Enum):
+    """What a limit is compared with."""
+
+    IDLE = "idle"
+    AGE = "age"
+
+
 class Verdict(NamedTuple):
     """Whether to cull, and why."""
 
     cull: bool
-    because: str  # "idle" or "age" where a limit decided, else the reason in words
+    decided_by: Measure | None  # None if something other than a limit decided
+    why: str = ""  # the reason in words, if no limit decided
     idle: timedelta | None = None
     age: timedelta | None = None
     limit: Limit | None = None
     doubt: bool = False  # kept only because something is not understood
-    said_by: SaidBy = SaidBy.HUB  # whose word the idle time is
+    source: Source = Source.HUB  # who says how long it is idle
 
     @property
     def reason(self) -> str:
         """The reason as a log line shows it: `idle 2h03m, limit 1h`, `terminal active 2m ago, limit 1h`."""
-        if self.because == "idle" and self.idle is not None:
-            if self.said_by in ACTIVE and not self.cull:
+        if self.decided_by is Measure.IDLE and self.idle is not None:
+            if self.source in ACTIVE and not self.cull:
                 return f"{self.activity}, {self.limit}"
-            says = f", {self.said_by.value}" if self.said_by.value else ""
+            says = f", {self.source.value}" if self.source.value else ""
             return f"idle {short(self.idle)}, {self.limit}{says}"
-        if self.because == "age" and self.age is not None:
+        if self.decided_by is Measure.AGE and self.age is not None:
             return f"age {short(self.age)}, {self.limit}"
-        return self.because
+        return self.why
 
     @property
     def activity(self) -> str:
         """What was active last, and when: `active again 4s ago, says the server`."""
-        what = ACTIVE.get(self.said_by, "active again")
-        if self.said_by is SaidBy.BUSY_KERNEL or self.idle is None:
+        what = ACTIVE.get(self.source, "active again")
+        if self.source is Source.BUSY_KERNEL or self.idle is None:
             return what
-        says = f", {self.said_by.value}" if self.said_by is SaidBy.SERVER else ""
+        says = f", {self.source.value}" if self.source is Source.SERVER else ""
         return f"{what} {short(self.idle)} ago{says}"
 
-    def kept(self, because: str) -> Verdict:
+    def kept(self, why: str) -> Verdict:
         """The same figures, but kept, for this reason."""
-        return self._replace(cull=False, because=because)
+        return self._replace(cull=False, decided_by=None, why=why)
+
+
+def in_doubt(why: str) -> Verdict:
+    """The verdict on what is not understood: it is kept."""
+    return Verdict(False, None, why, doubt=True)
 
 
 ACTIVE = {
-    SaidBy.KERNEL: "kernel active",
-    SaidBy.BUSY_KERNEL: "kernel busy",
-    SaidBy.TERMINAL: "terminal active",
+    Source.KERNEL: "kernel active",
+    Source.BUSY_KERNEL: "kernel busy",
+    Source.TERMINAL: "terminal active",
 }
 
 
 def compare_with_limits(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
     """Compare the time since the last activity, and the age, with the policy's limits. The future counts as now."""
     idle = now - active if active < now else ZERO
-    age = None if born is None else now - born if born < now else ZERO
+    age = None
+    if born is not None:
+        age = now - born if born < now else ZERO
     if idle >= policy.timeout.duration:
-        return Verdict(True, "idle", idle, age, policy.timeout)
+        return Verdict(True, Measure.IDLE, "", idle, age, policy.timeout)
     if age is not None and age >= policy.max_age.duration:
-        return Verdict(True, "age", idle, age, policy.max_age)
-    return Verdict(False, "idle", idle, age, policy.timeout)
+        return Verdict(True, Measure.AGE, "", idle, age, policy.max_age)
+    return Verdict(False, Measure.IDLE, "", idle, age, policy.timeout)
 
 
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
-        return Verdict(False, server.doubt, doubt=True)
+        return in_doubt(server.doubt)
     verdict = compare_with_limits(server.last_activity, server.started, policy, now)
-    if server.said_by is not SaidBy.HUB:
-        verdict = verdict._replace(said_by=server.said_by)
+    if server.source is not Source.HUB:
+        verdict = verdict._replace(source=server.source)
     if server.pending:
         return verdict.kept(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
@@ -519,7 +540,7 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
 def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a user is to be deleted, servers left aside. In doubt the user is kept."""
     if user.doubt or user.last_activity is None:
-        return Verdict(False, user.doubt, doubt=True)
+        return in_doubt(user.doubt)
     verdict = compare_with_limits(user.last_activity, user.created, policy, now)
     if user.admin and not policy.admins:
         return verdict.kept("admins are not deleted")
@@ -531,38 +552,38 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 def due_within(
     server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
 ) -> tuple[datetime, Verdict] | None:
-    """When a server that is kept at `now` will be due if nothing happens, with the limit that it will reach.
+    """When a server that is kept at `now` will be due if nothing happens, and its verdict with the limit of then.
 
     None if that is not within the given time.
     """
     if not judge_server(server, policy, now + within).cull:
         return None
     limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
-    due = min(since + limit for since, limit in limits if since and limit <= now + within - since)
-    then = judge_server(server, policy, due)
-    return due, verdict._replace(because=then.because, limit=then.limit)
+    due_at = min(since + limit for since, limit in limits if since and limit <= now + within - since)
+    then = judge_server(server, policy, due_at)
+    return due_at, verdict._replace(decided_by=then.decided_by, limit=then.limit)
 
 
-class Word(NamedTuple):
-    """What a server says about its last activity."""
+class OwnActivity(NamedTuple):
+    """The last activity of a server as the server itself tells it."""
 
-    said_by: SaidBy
+    source: Source
     idle: timedelta | None = None  # by the server's own clock; None for no kernel and no terminal, or no answer
 
 
-def with_word(server: Server, word: Word, idle_by: IdleBy, now: datetime) -> Server:
-    """The server with the last activity that counts by --idle-by. It is idle for as long as it runs, at most."""
-    if word.said_by is SaidBy.NO_ANSWER:
-        return server._replace(said_by=word.said_by)
+def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
+    """The server with the last activity that counts by --idle-by. A server is idle at most since its start."""
+    if own.source is Source.NO_ANSWER:
+        return server._replace(source=own.source)
     running = max(now - (server.started or server.last_activity or now), ZERO)
-    active = now - (running if word.idle is None else min(word.idle, running))
+    active = now - (running if own.idle is None else min(own.idle, running))
     if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
         return server
-    return server._replace(last_activity=active, said_by=word.said_by)
+    return server._replace(last_activity=active, source=own.source)
 
 
 def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
-    """True if the server's word can decide: it is due if idle since its start, and kept if active now."""
+    """True if the server's answer can decide: it is due if idle since its start, and kept if active now."""
     idle = server._replace(last_activity=server.started or server.last_activity)
     active = server._replace(last_activity=now)
     return judge_server(idle, policy, now).cull and not judge_server(active, policy, now).cull
@@ -570,19 +591,77 @@ def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
 
 # ---- Rules: exceptions for some servers and users
 
-SERVER_FIELDS = ("server", "option", "state")  # what a rule can match of a server, before the dot
-FIELD_SCOPES = {"group": "read:users:groups", "state": "admin:server_state"}  # beyond those that every pass needs
-MATCHES = ("user", "group", "server", "admin", "option.KEY", "state.KEY")
+MOST_REMEMBERED = 10_000  # combinations of values that rules match
+
+
+class RuleField(NamedTuple):
+    """What a rule can match, and where the Hub shows it."""
+
+    model_key: str  # in the Hub's model of the user or server
+    scope: str  # that the token needs to see it
+    of_server: bool = False
+    has_key: bool = False  # has a key after a dot: `option.profile=`
+    allowed: tuple[str, ...] = ()  # the only values that it can have
+
+
+RULE_FIELDS = {
+    "user": RuleField("name", "list:users"),
+    "group": RuleField("groups", "read:users:groups"),
+    "server": RuleField("name", "read:servers", of_server=True),
+    "admin": RuleField("admin", "list:users", allowed=("true", "false")),
+    "option": RuleField("user_options", "read:servers", of_server=True, has_key=True),
+    "state": RuleField("state", "admin:server_state", of_server=True, has_key=True),
+}
+MATCHES = [f"{name}.KEY" if field.has_key else name for name, field in RULE_FIELDS.items()]
 RULE_HELP = (
     f"a rule is matches ({', '.join(f'{name}=' for name in MATCHES)}) and settings (timeout=, max-age=, or keep)"
 )
+
+
+class Match(NamedTuple):
+    """A condition of a rule."""
+
+    name: str  # as it is written: `group`, `option.profile`
+    field: RuleField
+    key: str  # after the dot
+    glob: re.Pattern[str]
+
+    def values(self, target: Server | User) -> tuple[str, ...]:
+        """The texts that the glob may match. Raises UnreadableError if the Hub does not show the field."""
+        field = self.field
+        if isinstance(target, User):
+            value = None if field.of_server else target.model.get(field.model_key)
+        elif self.name == "server":
+            value = target.name  # old Hubs leave it out of the model
+        else:
+            value = (target.model if field.of_server else target.user_model).get(field.model_key)
+        if field.has_key and isinstance(value, dict):
+            value = value.get(self.key, [])
+        elif field.has_key or value is None:
+            raise UnreadableError(
+                f"a rule matches {self.name}=, but the Hub does not show it for {target.full_name}: the token needs the"
+                f" scope {field.scope}, or the Hub is too old"
+            )
+        return as_texts(value)
+
+    def holds(self, values: Iterable[str]) -> bool:
+        """True if the glob matches one of the values."""
+        return any(map(self.glob.match, values))
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    """A JSON value, or those of a list, as texts: `true`, `7`. Objects and inner lists match nothing."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(
+        each if isinstance(each, str) else str(each).lower() for each in values if not isinstance(each, (list, dict))
+    )
 
 
 class Rule(NamedTuple):
     """An exception: it applies where all its matches hold. What it does not set comes from the options."""
 
     text: str
-    matches: tuple[tuple[str, re.Pattern[str]], ...]  # field and glob
+    matches: tuple[Match, ...]
     timeout: timedelta | None
     max_age: timedelta | None
     keep: bool
@@ -590,40 +669,36 @@ class Rule(NamedTuple):
     @property
     def for_users(self) -> bool:
         """True if the rule can apply to users too: it matches no field of a server."""
-        return not any(kind_of(field) in SERVER_FIELDS for field, _ in self.matches)
+        return not any(match.field.of_server for match in self.matches)
 
     def policy(self, number: int, default: Policy) -> Policy:
         """What the rule, the number-th one, makes of the policy of the options."""
-        name = f"rule {number}: {self.text}"
         if self.keep:
-            return default._replace(timeout=Limit(NEVER), max_age=Limit(NEVER), kept_by=name)
-        return default._replace(
-            timeout=default.timeout if self.timeout is None else Limit(self.timeout, f" by {name}"),
-            max_age=default.max_age if self.max_age is None else Limit(self.max_age or NEVER, f" by {name}"),
-        )
-
-
-def kind_of(field: str) -> str:
-    """The field of a rule without its key: `option` of `option.profile`."""
-    return field.partition(".")[0]
+            keep_for_ever = Limit(NEVER)
+            name = f"rule {number}: {self.text}"
+            return default._replace(timeout=keep_for_ever, max_age=keep_for_ever, kept_by=name)
+        timeout, max_age = default.timeout, default.max_age
+        if self.timeout is not None:
+            timeout = Limit(self.timeout, number, self.text)
+        if self.max_age is not None:
+            max_age = Limit(self.max_age or NEVER, number, self.text)
+        return default._replace(timeout=timeout, max_age=max_age)
 
 
 def parse_rule(text: str) -> Rule:
     """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError with a sentence that names the wrong word."""
-    import fnmatch
     import shlex
 
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise ValueError(f"{one_line(text)!r}: {error}.") from None
-    matches: list[tuple[str, re.Pattern[str]]] = []
+    matches: list[Match] = []
     limits: dict[str, timedelta] = {}
     keep = False
     for word in words:
         name, equals, value = word.partition("=")
         name = name.replace("max_age", "max-age")
-        kind, dot, key = name.partition(".")
         if word == "keep":
             keep = True
         elif equals and name in ("timeout", "max-age") and name not in limits:
@@ -631,12 +706,8 @@ def parse_rule(text: str) -> Rule:
                 limits[name] = parse_limit(value)
             except ValueError as error:
                 raise ValueError(f"{one_line(word)!r}: {error}") from None
-        elif equals and (
-            (kind in ("user", "group", "server") and not dot)
-            or (kind in ("option", "state") and key)
-            or (name == "admin" and value in ("true", "false"))
-        ):
-            matches.append((name, re.compile(fnmatch.translate(value))))
+        elif equals and (match := parse_match(name, value)):
+            matches.append(match)
         else:
             raise ValueError(f"{one_line(word)!r} in {one_line(text)!r} is not understood: {RULE_HELP}.")
     if keep and limits:
@@ -646,30 +717,17 @@ def parse_rule(text: str) -> Rule:
     return Rule(printable(text), tuple(matches), limits.get("timeout"), limits.get("max-age"), keep)
 
 
-def field_values(target: Server | User, field: str) -> tuple[str, ...] | None:
-    """The texts that a rule's glob may match in a field; None if the Hub does not show the field."""
-    kind, _, key = field.partition(".")
-    model = target.user_model if isinstance(target, Server) else target.model
-    if kind == "user":
-        return (model["name"],)
-    if kind == "group":
-        return None if model.get("groups") is None else as_texts(model["groups"])
-    if kind == "admin":
-        return None if model.get("admin") is None else as_texts(model["admin"])
-    if not isinstance(target, Server):
+def parse_match(name: str, value: str) -> Match | None:
+    """Read a condition of a rule; None if it is none."""
+    import fnmatch
+
+    field_name, dot, key = name.partition(".")
+    field = RULE_FIELDS.get(field_name)
+    if field is None or bool(dot) != field.has_key or bool(key) != field.has_key:
         return None
-    if kind == "server":
-        return (target.name,)
-    shown = target.model.get("user_options" if kind == "option" else "state")
-    return as_texts(shown.get(key, [])) if isinstance(shown, dict) else None
-
-
-def as_texts(value: object) -> tuple[str, ...]:
-    """A JSON value, or those of a list, as texts: `true`, `7`. Objects and inner lists match nothing."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(
-        each if isinstance(each, str) else str(each).lower() for each in values if not isinstance(each, (list, dict))
-    )
+    if field.allowed and value not in field.allowed:
+        return None
+    return Match(name, field, key, re.compile(fnmatch.translate(value)))
 
 
 class Policies:
@@ -682,46 +740,33 @@ class Policies:
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
         self.default = default
-        fields = dict.fromkeys(field for rule, _ in rules for field, _ in rule.matches)
-        self._fields = [field for field in fields if field != "user"]
+        # One match of each field but the user's name. They differ in their globs, not in the values they look at.
+        self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
 
     def find(self, target: Server | User) -> Policy:
         """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
         if not self._rules:
             return self.default
-        values = tuple(readable_values(target, field) for field in self._fields)
+        values = tuple(match.values(target) for match in self._fields.values())
         candidates = self._remembered.get(values)
         if candidates is None:
-            if len(self._remembered) >= 10_000:
+            if len(self._remembered) >= MOST_REMEMBERED:
                 self._remembered.clear()
-            candidates = self._remembered[values] = self._matching(dict(zip(self._fields, values, strict=True)))
+            candidates = self._remembered[values] = self._candidates(dict(zip(self._fields, values, strict=True)))
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:
             if all(glob.match(name) for glob in globs):
                 return policy
         return self.default
 
-    def _matching(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy]]:
+    def _candidates(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy]]:
         """The rules that match these values, each as its globs for the user's name and its policy."""
         return [
-            ([glob for field, glob in rule.matches if field == "user"], policy)
+            ([match.glob for match in rule.matches if match.name == "user"], policy)
             for rule, policy in self._rules
-            if all(any(map(glob.match, values[field])) for field, glob in rule.matches if field != "user")
+            if all(match.holds(values[match.name]) for match in rule.matches if match.name != "user")
         ]
-
-
-def readable_values(target: Server | User, field: str) -> tuple[str, ...]:
-    """The texts that a rule's glob may match in a field. Raises UnreadableError if the Hub does not show the field."""
-    values = field_values(target, field)
-    if values is None:
-        kind = kind_of(field)
-        scope = FIELD_SCOPES.get(kind, "read:servers" if kind in SERVER_FIELDS else "list:users")
-        raise UnreadableError(
-            f"a rule matches {field}=, but the Hub does not show it for {target.full_name}: the token needs the scope"
-            f" {scope}, or the Hub is too old"
-        )
-    return values
 
 
 # ---- The arbiter: the administrator's own decision in place of the timeout
@@ -760,8 +805,9 @@ def load_arbiter(name: str) -> Arbiter:
     source, _, function_name = name.rpartition(":")
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
+            spec = importlib.util.spec_from_file_location("cull_idle_arbiter", source)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            sys.modules["cull_idle_arbiter"] = module  # where dataclasses and pickle look for it
             # Config files of jupyterhub-idle-culler end in `c.IdleCuller.cull_arbiter_hook = …`
             vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
             spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -787,7 +833,7 @@ def describe(error: BaseException) -> str:
 def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: datetime) -> Verdict:
     """Decide like judge_server, but let the arbiter decide in place of the timeout. If it fails, the server is kept."""
     verdict = judge_server(server, policy._replace(timeout=Limit(NEVER)), now)
-    if verdict.cull or verdict.because != "idle":  # due by its age, or kept for another reason than the limits
+    if verdict.cull or verdict.decided_by is not Measure.IDLE:  # due by its age, or kept whatever the limits are
         return verdict
     try:
         cull = arbiter(
@@ -799,11 +845,12 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
     except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
         return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
-    return verdict._replace(cull=cull, because=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
+    return verdict._replace(cull=cull, decided_by=None, why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
 
 
 # ---- Settings: each option is declared once, as a field of Settings
 
+MOST_CONNECTIONS = 1000
 LONGEST = timedelta(days=365)
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
@@ -1019,17 +1066,17 @@ class Settings:
     )
     idle_by: IdleBy = option(
         WHAT,
-        "Whose word about a server's last activity counts: `hub`, the Hub's, which is late and knows nothing of busy"
-        " kernels; `both`, the later of the Hub's and the server's own, which is asked before it is stopped; `server`,"
-        " the server's own alone; `kernels`, that of its kernels and terminals alone, so whoever only writes text"
-        " counts as idle. All but `hub` need the scope tokens.",
+        "Whose word about a server's last activity counts. `hub`: the Hub's; it is late and does not see busy kernels."
+        " `both`: the later of the Hub's and the server's; asks a server before stopping it. `server`: the server's"
+        " alone. `kernels`: that of its kernels and terminals alone; people who only write text count as idle. All but"
+        " `hub` need the scope tokens.",
         type=click.Choice(IdleBy, case_sensitive=False),
         default="hub",
         metavar="|".join(IdleBy),
     )
     max_culls: Fuse | None = option(
         WHAT,
-        "A fuse: a pass that would stop more servers, or delete more users, than this stops nothing and fails; N% is"
+        "A fuse: if a pass would stop more servers, or delete more users, than this, it stops nothing and fails. N% is"
         " of the ready servers, and of the users.",
         type=TextType(parse_fuse, "N|N%"),
     )
@@ -1040,10 +1087,10 @@ class Settings:
         "Time between the starts of two passes, which never overlap.  [default: half of --timeout]",
         type=duration_type(least=timedelta(seconds=1), most=LONGEST),
     )
-    dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, exit; with -v also show what is kept.")
+    dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, and exit; with -v also show what is kept.")
     explain: str | None = option(
         WHEN,
-        "Explain the decision for a user's default server, or a named one, change nothing, exit.",
+        "Explain the decision for a user's default server, or a named one, change nothing, and exit.",
         metavar="USER[/SERVER]",
     )
 
@@ -1066,7 +1113,7 @@ class Settings:
         type=FILE_TYPE,
     )
     concurrency: int = option(
-        HUB, "Requests in flight at the same time.", type=click.IntRange(1, 1000), default=10, metavar="N"
+        HUB, "Requests in flight at the same time.", type=click.IntRange(1, MOST_CONNECTIONS), default=10, metavar="N"
     )
     api_page_size: int = option(
         HUB,
@@ -1166,67 +1213,6 @@ class Settings:
         half = limits[0] / 2 if limits else timedelta(minutes=5)
         return min(max(half, timedelta(seconds=1)), LONGEST)
 
-    def judge_server(self, server: Server, now: datetime) -> Verdict:
-        """Decide about a server by options, rules and arbiter. Raises UnreadableError."""
-        if server.doubt:  # its model may lack what a rule matches
-            return judge_server(server, self.server_policies.default, now)
-        policy = self.server_policies.find(server)
-        if self.arbiter:
-            return judge_with_arbiter(server, policy, self.arbiter, now)
-        return judge_server(server, policy, now)
-
-    def is_worth_asking(self, server: Server, now: datetime) -> bool:
-        """True if what the server says can decide. Raises UnreadableError."""
-        if server.doubt:
-            return False
-        policy = self.server_policies.find(server)
-        if self.arbiter:  # nobody knows from which idle time on it says cull
-            policy = policy._replace(timeout=Limit(timedelta.resolution))
-        return is_worth_asking(server, policy, now)
-
-    def judge_user(self, user: User, now: datetime) -> Verdict:
-        """Decide about a user by options and rules. Raises UnreadableError."""
-        return judge_user(user, self.user_policies.find(user), now)
-
-    @cached_property
-    def server_policies(self) -> Policies:
-        """What makes each server due."""
-        default = Policy(
-            Limit(self.timeout),
-            Limit(self.max_age or NEVER),
-            default_servers=self.cull_default_servers,
-            named_servers=self.cull_named_servers,
-        )
-        return Policies([(rule, rule.policy(number, default)) for number, rule in self.numbered_rules], default)
-
-    @cached_property
-    def user_policies(self) -> Policies:
-        """What makes each user due. Of a rule only `keep` counts: its limits are for servers."""
-        default = Policy(
-            Limit(self.timeout if self.user_timeout is None else self.user_timeout),
-            Limit((self.max_age if self.user_max_age is None else self.user_max_age) or NEVER),
-            admins=self.cull_admin_users,
-        )
-        return Policies(
-            [
-                (rule, rule.policy(number, default) if rule.keep else default)
-                for number, rule in self.numbered_rules
-                if rule.for_users
-            ],
-            default,
-        )
-
-    @property
-    def numbered_rules(self) -> list[tuple[int, Rule]]:
-        """The rules, numbered from 1."""
-        return list(enumerate(self.rule, 1))
-
-    @property
-    def rule_scopes(self) -> list[str]:
-        """Scopes that the rules need beyond those of every pass."""
-        kinds = [kind_of(field) for rule in self.rule for field, _ in rule.matches]
-        return [FIELD_SCOPES[kind] for kind in dict.fromkeys(kinds) if kind in FIELD_SCOPES]
-
     @property
     def client_certificate(self) -> ClientCertificate | None:
         """The client certificate, if the Hub wants one."""
@@ -1239,11 +1225,72 @@ class Settings:
         return ClientCertificate(f"{base}.key", f"{base}.crt", f"{self.internal_certs_location}/hub-ca/hub-ca.crt")
 
 
+class Judge:
+    """Decides by options, rules and arbiter. Every method raises UnreadableError."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.rules = list(enumerate(settings.rule, 1))  # with their numbers
+        self._arbiter = settings.arbiter
+        for_servers = Policy(
+            Limit(settings.timeout),
+            Limit(settings.max_age or NEVER),
+            default_servers=settings.cull_default_servers,
+            named_servers=settings.cull_named_servers,
+        )
+        for_users = Policy(
+            Limit(settings.timeout if settings.user_timeout is None else settings.user_timeout),
+            Limit((settings.max_age if settings.user_max_age is None else settings.user_max_age) or NEVER),
+            admins=settings.cull_admin_users,
+        )
+        self.server_policies = Policies([(rule, rule.policy(n, for_servers)) for n, rule in self.rules], for_servers)
+        # Of a rule only `keep` counts for users: its limits are for servers.
+        self.user_policies = Policies(
+            [
+                (rule, rule.policy(number, for_users) if rule.keep else for_users)
+                for number, rule in self.rules
+                if rule.for_users
+            ],
+            for_users,
+        )
+
+    def server(self, server: Server, now: datetime) -> Verdict:
+        """Decide about a server."""
+        if server.doubt:  # its model may lack what a rule matches
+            return in_doubt(server.doubt)
+        policy = self.server_policies.find(server)
+        if self._arbiter:
+            return judge_with_arbiter(server, policy, self._arbiter, now)
+        return judge_server(server, policy, now)
+
+    def user(self, user: User, now: datetime) -> Verdict:
+        """Decide about a user."""
+        return judge_user(user, self.user_policies.find(user), now)
+
+    def is_worth_asking(self, server: Server, now: datetime) -> bool:
+        """True if the answer of a server can decide."""
+        if server.doubt:
+            return False
+        policy = self.server_policies.find(server)
+        if self._arbiter:  # nobody knows from which idle time on it says cull
+            policy = policy._replace(timeout=Limit(timedelta.resolution))
+        return is_worth_asking(server, policy, now)
+
+    def due_within(
+        self, server: Server, verdict: Verdict, now: datetime, within: timedelta
+    ) -> tuple[datetime, Verdict] | None:
+        """When a kept server will be due: see due_within."""
+        if server.doubt:
+            return None
+        policy = self.server_policies.find(server)
+        if self._arbiter:  # nobody knows what it will say
+            policy = policy._replace(timeout=Limit(NEVER))
+        return due_within(server, verdict, policy, now, within)
+
+
 # ---- The Hub
 
 READ_SIZE = 1 << 16  # bytes
 LARGEST_LIST = 1 << 28  # bytes; half a million users, from a Hub before 2.0, which has no pages
-MOST_CONNECTIONS = 1000
 LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has some 300 KB
 CONNECT_SECONDS = 10.0
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
@@ -1276,8 +1323,10 @@ class Answer(NamedTuple):
         try:
             return json.loads(self.body)
         except ValueError:
-            looks = "HTML" if self.body.lstrip()[:1] == b"<" else "no JSON" if self.body else "nothing"
-            raise ValueError(f"answered {looks}") from None
+            if not self.body:
+                raise ValueError("answered nothing") from None
+            is_html = self.body.lstrip().startswith(b"<")
+            raise ValueError("answered HTML" if is_html else "answered no JSON") from None
 
     @property
     def error(self) -> dict[str, Any] | None:
@@ -1321,7 +1370,7 @@ class Page(NamedTuple):
         return offset
 
 
-def read_page(answer: Answer, offset: int) -> Page | None:
+def parse_page(answer: Answer, offset: int) -> Page | None:
     """Read an answer as the part of the user list that starts at an offset; None for other JSON.
 
     Raises ValueError for no JSON, RecursionError for one that is nested too deeply.
@@ -1361,11 +1410,123 @@ class ServerToken(NamedTuple):
     token: str
 
 
-class Look(NamedTuple):
-    """What the Hub says of one user."""
+class UserNow(NamedTuple):
+    """What the Hub answers about one user."""
 
     user: User | None  # None if there is no such user
     now: datetime  # the Hub's clock
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads an answer from a socket, and gives up when the answer as a whole takes too long.
+
+    Guards against a server that sends a byte now and then: the timeout of requests is for each read of the socket.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
+
+    def readable(self) -> bool:
+        """Reading is all it can do."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is. Raises TimeoutError."""
+        self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        return self._stream.readinto(buffer) or 0
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._stream.close()
+        super().close()
+
+    @classmethod
+    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
+        """An http.client response that is read through a DeadlineReader."""
+        from http.client import HTTPResponse
+
+        response = HTTPResponse(sock, *args, **kwargs)
+        response.fp.close()
+        response.fp = io.BufferedReader(cls(sock), READ_SIZE)
+        return response
+
+
+def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
+    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
+    from requests.adapters import HTTPAdapter
+
+    def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        connection = connection_class(*args, **kwargs)
+        connection.response_class = DeadlineReader.read_response
+        return connection
+
+    pools: list[Any] = []
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if not isinstance(pool.ConnectionCls, partial):
+                pool.ConnectionCls = partial(connect, pool.ConnectionCls)
+                pools.append(pool)
+            return pool
+
+        def close(self) -> None:
+            for pool in pools:  # else connections stay open for as long as an exception refers to them
+                pool.close()
+            super().close()
+
+    return Adapter(pool_maxsize=MOST_CONNECTIONS)
+
+
+class Connections:
+    """Sends requests as requests does, but no answer may take longer than --request-timeout as a whole.
+
+    No redirect is followed, no .netrc and no cookies are used. Exceptions are those of requests and urllib3.
+    """
+
+    def __init__(self, request_timeout: timedelta, certificate: ClientCertificate | None = None) -> None:
+        self.request_timeout = request_timeout
+        self._certificate = certificate
+        self._transports: dict[str, dict[str, Any]] = {}  # by scheme and host
+
+    def close(self) -> None:
+        """Close all connections."""
+        if "_adapter" in vars(self):
+            self._adapter.close()
+
+    def send(self, method: str, url: str, headers: Mapping[str, str], body: object = None) -> requests.Response:
+        """Send a request; `body` becomes JSON. The answer's body is not read yet."""
+        import requests
+
+        timeout = self.request_timeout.total_seconds()
+        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
+        prepared.url = url  # as it is: requests would decode %2E in it
+        # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
+        return self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
+
+    def _transport(self, url: str) -> dict[str, Any]:
+        """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
+        import requests
+
+        origin = "/".join(url.split("/")[:3])
+        if origin in self._transports:
+            return self._transports[origin]
+        certificate = self._certificate
+        verify: Any = certificate.ca if certificate else None
+        cert = (certificate.cert, certificate.key) if certificate else None
+        found: dict[str, Any] = {"verify": verify, "cert": cert}
+        if url.startswith("https:"):
+            merged = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
+            found = {key: merged[key] for key in ("verify", "cert", "proxies")}
+        self._transports[origin] = found
+        return found
+
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        return adapter_with_deadline()
 
 
 class Hub:
@@ -1386,8 +1547,7 @@ class Hub:
             "Accept": "application/jupyterhub-pagination+json",
             "User-Agent": f"cull_idle/{__version__}",
         }
-        self._timeout = request_timeout
-        self._certificate = certificate
+        self._connections = Connections(request_timeout, certificate)
         self._probing = threading.Lock()
         self._decoded: dict[str, bool] = {}
 
@@ -1395,8 +1555,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_adapter" in vars(self):
-            self._adapter.close()
+        self._connections.close()
 
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
@@ -1412,7 +1571,7 @@ class Hub:
             raise HubError(f"{where} {answer}; {self._api_hint}")
         try:
             with parsing:
-                page = read_page(answer, offset)
+                page = parse_page(answer, offset)
         except ValueError as error:
             raise HubError(f"{where} {error}; {self._api_hint}") from None
         except RecursionError:
@@ -1422,31 +1581,30 @@ class Hub:
             raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
         return page
 
-    def look(self, name: str) -> Look | None:
-        """Look at one user. None if something other than the Hub answers, such as an ingress, or cannot do this.
+    def user(self, name: str) -> UserNow | None:
+        """Read one user. None if something other than the Hub answers, such as an ingress, or cannot do this.
 
         Only the Hub itself can say that there is no such user.
         """
         answer = self._request("GET", path := f"/users/{segment(name)}")
         if answer.status == 404 and answer.error:
-            return Look(None, answer.now)
+            return UserNow(None, answer.now)
         if answer.status in (404, 405):
             return None
-        if answer.status in (401, 403):
-            kind = f"GET /users/…: the Hub answered {answer.status}"
-            raise HubError(f"GET {path}: the Hub {answer}; {TOKEN_HINT}", kind, refused=True)
         kind = f"GET /users/…: the Hub answered {answer.status}"
+        if answer.status in (401, 403):
+            raise HubError(f"GET {path}: the Hub {answer}; {TOKEN_HINT}", kind, refused=True)
         if answer.status != 200:
             raise HubError(f"GET {path}: the Hub {answer}", kind)
         try:
             with parsing:
-                user = read_user(answer.json())
+                user = parse_user(answer.json())
         except (ValueError, RecursionError) as error:
             why = error if isinstance(error, ValueError) else "answered JSON that is nested too deeply"
             raise HubError(f"GET {path}: the Hub {why}", kind) from None
         if user.name != name:
             raise HubError(f"GET {path}: the Hub answered another user", kind)
-        return Look(user, answer.now)
+        return UserNow(user, answer.now)
 
     def stop(self, server: Server, *, remove: bool) -> Answer:
         """Tell the Hub to stop a server and, if it is a named one, perhaps to remove it."""
@@ -1541,27 +1699,20 @@ class Hub:
         """Send one request and read its answer."""
         from urllib.parse import urlencode
 
-        import requests
-
-        timeout = self._timeout.total_seconds()
-        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")
         requested = time.monotonic()
         try:
-            prepared = requests.Request(method, self.url, headers=self._headers, json=body).prepare()
-            prepared.url = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")  # requests would decode %2E
-            # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
-            response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport)
-            with response:
+            with self._connections.send(method, url, self._headers, body) as response:
                 content = read_body(response, f"{method} {path}: {self.url}")
         except (OSError, ValueError) as error:  # exceptions of requests are OSErrors, some of urllib3 ValueErrors
-            raise no_answer(method, path, self.url, error, self._timeout) from None
+            raise no_answer(method, path, self.url, error, self._connections.request_timeout) from None
         self.version = response.headers.get("X-JupyterHub-Version", self.version)
         answer = Answer(response.status_code, content, parse_http_date(response.headers.get("Date")), requested)
         if answer.status in (429, 502, 503, 504):
             pause = parse_retry_after(response.headers.get("Retry-After"), answer.now)
             raise TryAgain(
                 f"{method} {path}: the Hub {answer}",
-                f"{method} {general(path)}: the Hub answered {answer.status}",
+                f"{method} {without_name(path)}: the Hub answered {answer.status}",
                 pause,
             )
         if 300 <= answer.status < 400:
@@ -1569,89 +1720,6 @@ class Hub:
             sentence = f"{self.url} redirects to {where}, which is not followed; {self._api_hint}"
             raise HubError(f"{method} {path}: {sentence}", sentence)
         return answer
-
-    @cached_property
-    def _transport(self) -> dict[str, Any]:
-        return transport(self.url, self._certificate)
-
-    @cached_property
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline()
-
-
-def transport(url: str, certificate: ClientCertificate | None = None) -> dict[str, Any]:
-    """Arguments for requests: certificates, and for https: the proxy. One for http: would see the token."""
-    import requests
-
-    verify: Any = certificate.ca if certificate else None
-    cert = (certificate.cert, certificate.key) if certificate else None
-    if not url.startswith("https:"):
-        return {"verify": verify, "cert": cert}
-    found = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
-    return {key: found[key] for key in ("verify", "cert", "proxies")}
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads an answer from a socket, and gives up when the answer as a whole takes too long.
-
-    Guards against a server that sends a byte now and then: the timeout of requests is for each read of the socket.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._stream = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as it is read
-        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
-
-    def readable(self) -> bool:
-        """Reading is all it can do."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what there is. Raises TimeoutError."""
-        self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
-        return self._stream.readinto(buffer) or 0
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._stream.close()
-        super().close()
-
-    @classmethod
-    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
-        """An http.client response that is read through a DeadlineReader."""
-        from http.client import HTTPResponse
-
-        response = HTTPResponse(sock, *args, **kwargs)
-        response.fp.close()
-        response.fp = io.BufferedReader(cls(sock), READ_SIZE)
-        return response
-
-
-def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
-    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
-    from requests.adapters import HTTPAdapter
-
-    def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        connection = connection_class(*args, **kwargs)
-        connection.response_class = DeadlineReader.read_response
-        return connection
-
-    pools: list[Any] = []
-
-    class Adapter(HTTPAdapter):
-        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-            if not isinstance(pool.ConnectionCls, partial):
-                pool.ConnectionCls = partial(connect, pool.ConnectionCls)
-                pools.append(pool)
-            return pool
-
-        def close(self) -> None:
-            for pool in pools:  # else connections stay open for as long as an exception refers to them
-                pool.close()
-            super().close()
-
-    return Adapter(pool_maxsize=MOST_CONNECTIONS)
 
 
 def read_body(response: requests.Response, request: str) -> bytes:
@@ -1701,7 +1769,7 @@ def parse_retry_after(text: str | None, now: datetime) -> float:
         return 0
 
 
-def general(path: str) -> str:
+def without_name(path: str) -> str:
     """A path without the name of its user: `/users/…`."""
     return "/users/…" if path.startswith("/users/") else path
 
@@ -1712,20 +1780,22 @@ def no_answer(method: str, path: str, url: str, error: Exception, timeout: timed
 
     causes = causes_of(error)
     if sentence := why_unreachable(causes, url):
-        return TryAgain(f"{method} {path}: {sentence}", f"{method} {general(path)}: {sentence}")
+        return TryAgain(f"{method} {path}: {sentence}", f"{method} {without_name(path)}: {sentence}")
     if sentence := why_not_secure(causes, url):
         return HubError(f"{method} {path}: {sentence}", sentence, affects_all=True)
     if is_among(causes, exceptions.TimeoutError, TimeoutError):
         late = f"{url} did not answer within {timeout.total_seconds():g}s (--request-timeout)"
         # Stopping a server may take long, so a late DELETE says nothing about other requests.
-        return HubError(f"{method} {path}: {late}", f"{method} {general(path)}: {late}", affects_all=method == "GET")
+        return HubError(
+            f"{method} {path}: {late}", f"{method} {without_name(path)}: {late}", affects_all=method == "GET"
+        )
     if is_among(causes, exceptions.ProtocolError):
         lost = f"{url}: the connection was lost before the whole answer had come ({type(causes[-1]).__name__})"
         if url.startswith("http:"):
             lost += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
-        return TryAgain(f"{method} {path}: {lost}", f"{method} {general(path)}: {lost}")
+        return TryAgain(f"{method} {path}: {lost}", f"{method} {without_name(path)}: {lost}")
     why = f"{url} cannot be asked: {one_line(str(causes[-1]))}"
-    return HubError(f"{method} {path}: {why}", f"{method} {general(path)}: {why}")
+    return HubError(f"{method} {path}: {why}", f"{method} {without_name(path)}: {why}")
 
 
 def why_unreachable(causes: Sequence[BaseException], url: str) -> str:
@@ -1791,14 +1861,16 @@ def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
 
 def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> list[str]:
     """The scopes that the token lacks for a pass with these settings; `to_cull`: for one that changes something."""
-    needed = ["list:users", "read:servers", *settings.rule_scopes]
+    needed = ["list:users", "read:servers", *(match.field.scope for rule in settings.rule for match in rule.matches)]
+    if settings.cull_users:
+        needed.append("read:users:activity")
     if settings.asks_while_scanning or (to_cull and settings.idle_by is IdleBy.BOTH):
         needed.append("tokens")
     if to_cull:
         needed.append("delete:servers")
         if settings.cull_users and not identity.may("delete:users"):
             needed.append("admin:users")
-    return [scope for scope in needed if not identity.may(scope)]
+    return [scope for scope in dict.fromkeys(needed) if not identity.may(scope)]
 
 
 def check_scopes(identity: Identity, settings: Settings) -> None:
@@ -1810,9 +1882,9 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
         )
 
 
-# ---- Servers asked: their own word about their last activity
+# ---- Servers asked for their last activity (--idle-by)
 
-LARGEST_WORD = 1 << 20  # bytes of one answer; a Jupyter server sends some hundred
+LARGEST_SERVER_ANSWER = 1 << 20  # bytes; a Jupyter server sends some hundred
 SERVERS_HINT = (
     "--servers-url must be what comes before /user/… in the address of a server: the proxy, not the Hub's own port"
 )
@@ -1834,20 +1906,19 @@ class Asking:
     https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
     """
 
-    def __init__(self, hub: Hub, settings: Settings, stop: threading.Event, *, address_is_right: bool = False) -> None:
+    def __init__(self, hub: Hub, settings: Settings, *, address_is_right: bool) -> None:
         self.address_is_right = address_is_right  # a Jupyter server has answered there
-        self.words: dict[tuple[str, str], SaidBy] = {}  # what each server said last
+        self.answers: dict[tuple[str, str], Source] = {}  # the last of each server
         self.first_problem = ""  # why a server gave no answer
-        self.stop = stop
         self._hub = hub
         self._settings = settings
+        self._connections = Connections(settings.request_timeout)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_adapter" in vars(self):
-            self._adapter.close()
+        self._connections.close()
 
     def check(self) -> None:
         """Raise HubError if no server can be asked: the address is wrong, or the Hub too old."""
@@ -1861,59 +1932,56 @@ class Asking:
         if major < 3:
             raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
 
-    def ask(self, server: Server) -> Word:
+    def ask(self, server: Server) -> OwnActivity:
         """Ask one server. Raises HubError if the Hub makes no token, and WrongAddress."""
         try:
-            word = self._ask(server)
+            own = self._ask(server)
         except NoAnswer as error:
-            word = Word(SaidBy.NO_ANSWER)
+            own = OwnActivity(Source.NO_ANSWER)
             self.first_problem = self.first_problem or f"{server.full_name} {error}"
-        self.words[server.user, server.name] = word.said_by
-        return word
+        self.answers[server.user, server.name] = own.source
+        return own
 
-    def _ask(self, server: Server) -> Word:
+    def _ask(self, server: Server) -> OwnActivity:
         """Ask with a token of its own. Raises NoAnswer."""
         token = self._hub.make_token(server, 3 * self._settings.request_timeout + timedelta(minutes=1))
         if not token:
             raise NoAnswer("is not asked: its user is gone, or the culler's scope tokens does not cover them")
         address = server_address(server, self._settings)
         try:
-            words = read_words(self._get(f"{address}/api/kernels", token), SaidBy.KERNEL)
+            activities = parse_activities(self._get(f"{address}/api/kernels", token), Source.KERNEL)
             self.address_is_right = True
-            if words[:1] != [BUSY]:
+            if activities != [BUSY]:
                 terminals = self._get(f"{address}/api/terminals", token, optional=True)
-                words += read_words(terminals, SaidBy.TERMINAL)
+                activities += parse_activities(terminals, Source.TERMINAL)
                 if self._settings.idle_by is not IdleBy.KERNELS:
-                    words += read_words(self._get(f"{address}/api/status", token), SaidBy.SERVER)
+                    status = self._get(f"{address}/api/status", token)
+                    activities += parse_activities(status, Source.SERVER)
         finally:
             self._hub.revoke_token(token)
-        return min(words, key=lambda word: word.idle or ZERO, default=Word(SaidBy.KERNEL))
+        return min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
 
     def _get(self, url: str, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
         """Send a GET that no server counts as activity. Raises NoAnswer and WrongAddress.
 
         optional: 404 means that there is nothing to list.
         """
-        import requests
         from urllib3 import exceptions
 
         headers = {"User-Agent": f"cull_idle/{__version__}", "Accept-Encoding": "identity"}
         if token:
             headers["Authorization"] = f"token {token.token}"
-        timeout = self._settings.request_timeout.total_seconds()
-        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
         try:
-            prepared = requests.Request("GET", f"{url}?no_track_activity=1", headers=headers).prepare()
-            with self._adapter.send(prepared, stream=True, timeout=timeouts, **transport(url)) as response:
-                body = response.raw.read(LARGEST_WORD + 1, decode_content=False)
+            with self._connections.send("GET", f"{url}?no_track_activity=1", headers) as response:
+                body = response.raw.read(LARGEST_SERVER_ANSWER + 1, decode_content=False)
         except (OSError, ValueError, exceptions.HTTPError) as error:
             causes = causes_of(error)
             unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError)
             if is_among(causes, exceptions.SSLError, exceptions.ProxyError, *unreachable):
                 raise WrongAddress(f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}") from None
             raise NoAnswer(f"gave no whole answer ({type(causes[-1]).__name__})") from None
-        if len(body) > LARGEST_WORD:
-            raise NoAnswer(f"answered more than {LARGEST_WORD >> 20} MiB")
+        if len(body) > LARGEST_SERVER_ANSWER:
+            raise NoAnswer(f"answered more than {LARGEST_SERVER_ANSWER >> 20} MiB")
         status, where = response.status_code, response.headers.get("Location", "")
         if status == 200 or (status == 404 and optional):
             content = body if status == 200 else b"[]"
@@ -1925,24 +1993,20 @@ class Asking:
             raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
         raise NoAnswer(f"answered {status}")
 
-    @cached_property
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline()
+
+BUSY = OwnActivity(Source.BUSY_KERNEL, ZERO)
 
 
-BUSY = Word(SaidBy.BUSY_KERNEL, ZERO)
-
-
-def read_words(answer: Answer, said_by: SaidBy) -> list[Word]:
-    """Read a server's status, or its list of kernels or terminals. A busy kernel is all there is to say then.
+def parse_activities(answer: Answer, source: Source) -> list[OwnActivity]:
+    """Read a server's status, or its list of kernels or terminals. A busy kernel alone decides.
 
     Only the server's own clock counts. A time in the future is now. Raises NoAnswer for what no Jupyter server answers.
     """
-    words = []
+    activities = []
     try:
         with parsing:
             content = answer.json()
-        models = [content] if said_by is SaidBy.SERVER else content
+        models = [content] if source is Source.SERVER else content
         if not isinstance(models, list):
             raise TypeError
         for model in models:
@@ -1950,10 +2014,10 @@ def read_words(answer: Answer, said_by: SaidBy) -> list[Word]:
             if model.get("execution_state") == "busy":
                 return [BUSY]
             if active:
-                words.append(Word(said_by, max(answer.now - active, ZERO)))
+                activities.append(OwnActivity(source, max(answer.now - active, ZERO)))
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise NoAnswer("answered what no Jupyter server does") from None
-    return words
+    return activities
 
 
 def server_address(server: Server, settings: Settings) -> str:
@@ -1983,6 +2047,7 @@ class Outcome(enum.StrEnum):
 
     PLANNED = "planned"  # by a dry run
     WARNED = "warned"  # kept, but due soon
+    DUE = "due"  # still due, and nothing has been done about it yet; never reported
     CULLED = "culled"
     STOPPING = "stopping"
     GONE = "gone"
@@ -1990,7 +2055,18 @@ class Outcome(enum.StrEnum):
     FAILED = "failed"
 
 
-OUTCOMES_OF_DUE = [outcome for outcome in Outcome if outcome not in (Outcome.PLANNED, Outcome.WARNED)]
+FINAL_OUTCOMES = (Outcome.CULLED, Outcome.STOPPING, Outcome.GONE, Outcome.SPARED, Outcome.FAILED)  # of what was due
+
+
+class PassContext(NamedTuple):
+    """What the parts of a pass work with."""
+
+    hub: Hub
+    identity: Identity | None  # the token's, if the Hub tells it
+    settings: Settings
+    judge: Judge
+    stop: threading.Event
+    asking: Asking | None  # if servers are asked
 
 
 class Decision(NamedTuple, Generic[Target]):
@@ -2009,7 +2085,7 @@ class Event(NamedTuple):
     reason: str
     verdict: Verdict
     error: HubError | None = None  # why it failed
-    due: datetime | None = None  # when something that is warned will be due
+    due_at: datetime | None = None  # when something that is warned will be due
 
     def __str__(self) -> str:
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
@@ -2028,49 +2104,82 @@ def with_retries(request: Callable[[], T], stop: threading.Event) -> T:
     return request()
 
 
-def read_user_list(hub: Hub, settings: Settings, stop: threading.Event) -> Iterator[Page]:
-    """Read the whole user list, page by page, each without the users of the page before. Raises HubError.
+class UserList:
+    """The whole user list, page by page, each without the users of the page before.
 
     - Users who leave the list meanwhile move the rest forward. So pages of 40 or more overlap by a few users, and one
-      that does not begin with a user of the page before is read again from further back.
+      that does not begin with a user of the page before is read again from further back, once.
     - A page that is too much to parse, because of what some user put into their options, is read again in smaller
       parts, until only that user is left out.
     """
-    usual = settings.api_page_size
-    size, offset, overlap = usual, 0, 0
-    before: set[str] = set()  # the users of the page before
-    last_user = "the start"
-    fruitless, left_out, stepped_back = 0, 0, False
-    while not stop.is_set():
-        try:
-            page = with_retries(partial(hub.page, offset, size=size, ready_only=not settings.cull_users), stop)
-        except TooMuchData:
-            if left_out == MOST_LEFT_OUT:
-                raise
-            if size == 1:
-                left_out += 1
-                problem = f"the user after {last_user} is left out: too much data, or nested too deeply"
-                yield Page([], datetime.now(UTC), 0, offset, problem=problem)
-                offset, before, overlap = offset + 1, set(), 0
-            size = max((size or USUAL_PAGE) // SMALLER, 1)
-            continue
-        names = [name_of(model) for model in page.models]
-        if overlap and names and names[0] not in before and not stepped_back:
-            offset, stepped_back = max(offset - max(size, USUAL_PAGE) // 2, 0), True
-            continue
-        stepped_back = False
-        new = [model for model, name in zip(page.models, names, strict=True) if not name or name not in before]
-        yield page._replace(models=new)
-        next_offset = page.next_offset()
-        if next_offset is None:
-            return
-        fruitless = 0 if new else fruitless + 1
-        if fruitless == 3:
-            raise HubError(f"GET /users: {hub.url} lists no more users, but always another page; the rest is not read")
-        before, last_user = set(names), printable(names[-1]) if names and names[-1] else last_user
-        overlap = len(page.models) // OVERLAP
-        offset = max(next_offset - overlap, offset + 1)
-        size = usual if size * SMALLER >= (usual or USUAL_PAGE) else size * SMALLER
+
+    def __init__(self, context: PassContext) -> None:
+        self._hub = context.hub
+        self._ready_only = not context.settings.cull_users
+        self._stop = context.stop
+        self._usual_size = context.settings.api_page_size
+        self._size = self._usual_size
+        self._offset = 0
+        self._before: set[str] = set()  # the names on the page before
+        self._overlaps = False  # this page is to begin with some of them
+        self._stepped_back = False
+        self._last_name = ""
+        self._nothing_new = 0  # pages in a row
+        self._left_out = 0  # users
+
+    def pages(self) -> Iterator[Page]:
+        """Fetch the pages. Raises HubError."""
+        while not self._stop.is_set():
+            fetch = partial(self._hub.page, self._offset, size=self._size, ready_only=self._ready_only)
+            try:
+                page = with_retries(fetch, self._stop)
+            except TooMuchData:
+                if self._left_out == MOST_LEFT_OUT:
+                    raise
+                if self._size == 1:
+                    yield self._leave_out_user()
+                else:
+                    self._size = max((self._size or USUAL_PAGE) // SMALLER, 1)
+                continue
+            names = [name_of(model) for model in page.models]
+            if self._overlaps and names and names[0] not in self._before and not self._stepped_back:
+                self._offset = max(self._offset - max(self._size, USUAL_PAGE) // 2, 0)
+                self._stepped_back = True
+                continue
+            new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
+            yield page._replace(models=new)
+            next_offset = page.next_offset()
+            if next_offset is None:
+                return
+            self._count_new(len(new))
+            self._advance(names, next_offset)
+
+    def _leave_out_user(self) -> Page:
+        """Go past a user whose data is too much; the page says so."""
+        self._left_out += 1
+        after = printable(self._last_name) or "the start"
+        problem = f"the user after {after} is left out: too much data, or nested too deeply"
+        page = Page([], datetime.now(UTC), 0, self._offset, problem=problem)
+        self._offset += 1
+        self._before, self._overlaps = set(), False
+        return page
+
+    def _count_new(self, new: int) -> None:
+        """Raise HubError if several pages in a row had no new user: the list would never end."""
+        self._nothing_new = 0 if new else self._nothing_new + 1
+        if self._nothing_new == 3:
+            hub = self._hub.url
+            raise HubError(f"GET /users: {hub} lists no more users, but always another page; the rest is not read")
+
+    def _advance(self, names: Sequence[str], next_offset: int) -> None:
+        """Go on to the next page, a little before the place where the Hub says that it begins."""
+        self._before = set(names)
+        self._last_name = names[-1] if names and names[-1] else self._last_name
+        overlap = len(names) // OVERLAP
+        self._overlaps, self._stepped_back = overlap > 0, False
+        self._offset = max(next_offset - overlap, self._offset + 1)
+        larger = self._size * SMALLER
+        self._size = self._usual_size if larger >= (self._usual_size or USUAL_PAGE) else larger
 
 
 def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
@@ -2119,12 +2228,8 @@ def work_off(function: Callable[[T], Result], waiting: deque[T], done: queue.Sim
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Findings:
-    """What the scan found. Kept servers are only counted and reported, so memory stays flat."""
+    """What a scan found. Kept servers are only counted, so memory stays flat."""
 
-    settings: Settings
-    on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None  # told of each that is kept
-    asking: Asking | None = None  # if servers are asked while scanning
-    wrong_address: WrongAddress | None = None  # why --servers-url seems to be wrong
     complete: bool = False  # the whole list was read
     error: HubError | None = None  # why the list is not complete
     users_listed: int = 0
@@ -2139,108 +2244,13 @@ class Findings:
     hub_time_read: float = 0  # time.monotonic() when that page was requested
 
     @property
-    def due(self) -> int:
+    def due_count(self) -> int:
         """How many servers and users are to be culled."""
         return len(self.servers) + len(self.users)
 
-    def decide(self, page: Page) -> None:
-        """Decide about all users and servers of a page."""
-        if page.problem:
-            self._count_doubt("the user list", page.problem)
-            return
-        self.hub_time, self.hub_time_read = page.now, page.requested
-        asked = self._ask_servers(page, self.asking) if self.asking else {}
-        for model in page.models:
-            try:
-                user = read_user(model) if self.settings.cull_users else None
-                servers = user.servers if user else read_servers(model)
-            except ValueError as error:
-                self._count_doubt("the Hub", str(error))
-                continue
-            self.users_listed += 1
-            heard = [asked.get((server.user, server.name), server) for server in servers] if asked else servers
-            staying = [server for server in heard if not self._decide_server(server, page)]
-            if user and not staying:
-                self._decide_user(user, page)
-
-    def _ask_servers(self, page: Page, asking: Asking) -> dict[tuple[str, str], Server]:
-        """Ask the servers of a page whose word can decide; returns them with it. Raises HubError."""
-        by_then = page.now + (self.settings.warn_before or ZERO)
-        servers = [server for model in page.models if name_of(model) for server in read_servers(model)]
-        worth_it = [server for server in servers if self.settings.is_worth_asking(server, by_then)]
-        heard = in_parallel(partial(self._ask_server, asking, page.now), worth_it, self.settings.concurrency)
-        return {(server.user, server.name): server for server in heard}
-
-    def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
-        """The server with its own word; in doubt if the Hub makes no token for it.
-
-        Raises HubError if the Hub makes no token for anybody.
-        """
-        if asking.stop.is_set():
-            return server._replace(doubt="not asked, because the pass is told to stop")
-        try:
-            word = with_retries(partial(asking.ask, server), asking.stop)
-        except WrongAddress as error:
-            self.wrong_address = self.wrong_address or error
-            word = Word(SaidBy.NO_ANSWER)
-        except HubError as error:
-            if error.affects_all or error.refused:
-                raise
-            return server._replace(doubt=str(error))
-        return with_word(server, word, self.settings.idle_by, now)
-
-    def _decide_server(self, server: Server, page: Page) -> bool:
-        """Decide about a server; returns whether it is due."""
-        verdict = self.settings.judge_server(server, page.now)
-        self.running += server.ready
-        if self.idle_for and server.ready and verdict.idle is not None:
-            for step in self.idle_for:
-                self.idle_for[step] += verdict.idle >= step
-        key = (server.user, server.name)
-        if verdict.cull:
-            self.servers.setdefault(key, Decision(server.without_models(), verdict, page.offset))
-            return True
-        if verdict.doubt:
-            self._count_doubt(server.full_name, verdict.reason)
-        warning = None
-        if self.settings.warn_before and not server.doubt:
-            warning = self._warning(server, verdict, page.now)
-        if warning:
-            self.warnings.setdefault(key, warning)
-        elif self.on_kept:
-            self.on_kept(Decision(server.without_models(), verdict))
-        return False
-
-    def _decide_user(self, user: User, page: Page) -> None:
-        """Decide about a user all of whose servers are due."""
-        verdict = self.settings.judge_user(user, page.now)
-        if verdict.cull:
-            self.users.setdefault(user.name, Decision(user.without_models(), verdict, page.offset))
-            return
-        if verdict.doubt:
-            self._count_doubt(user.full_name, verdict.reason)
-        if self.on_kept:
-            self.on_kept(Decision(user.without_models(), verdict))
-
-    def _warning(self, server: Server, verdict: Verdict, now: datetime) -> Event | None:
-        """The warning for a kept server, if it will be due within --warn-before."""
-        policy = self.settings.server_policies.find(server)
-        if self.settings.arbiter:  # nobody knows what it will say
-            policy = policy._replace(timeout=Limit(NEVER))
-        found = due_within(server, verdict, policy, now, self.settings.warn_before or ZERO)
-        if not found:
-            return None
-        due, later = found
-        reason = f"{later.reason}; due in {short(due - now)}"
-        return Event(server.without_models(), Outcome.WARNED, reason, later, due=due)
-
-    def _count_doubt(self, where: str, what: str) -> None:
-        self.doubts += 1
-        self.first_doubt = self.first_doubt or f"{where}: {what}"
-
-    def check_fuse(self) -> None:
-        """Raise FuseBlownError if more is due than --max-culls allows."""
-        if fuse := self.settings.max_culls:
+    def check(self, fuse: Fuse | None) -> None:
+        """Raise FuseBlownError if more is due than the fuse allows."""
+        if fuse:
             fuse.check("servers", len(self.servers), self.running)
             fuse.check("users", len(self.users), self.users_listed)
 
@@ -2254,35 +2264,141 @@ class Findings:
         return min(now, self.hub_time + timedelta(seconds=time.monotonic() - self.hub_time_read))
 
 
-def scan_and_decide(
-    hub: Hub,
-    settings: Settings,
-    stop: threading.Event,
-    on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None,
-    asking: Asking | None = None,
-) -> Findings:
-    """Read the whole user list and decide about all of it.
+class Scan:
+    """Reads the whole user list and decides about all of it. `on_kept` is told of each server or user that is kept."""
 
-    After an error, what was found so far may be stopped, but no user is deleted. Raises WrongAddress.
-    """
-    findings = Findings(settings, on_kept, asking, idle_for=dict.fromkeys(settings.idle_steps, 0))
-    try:
-        for page in read_user_list(hub, settings, stop):
-            findings.decide(page)
-        findings.complete = not stop.is_set()
-    except HubError as error:
-        findings.error = error
-        findings.users.clear()
-    if findings.wrong_address and asking and not asking.address_is_right:
-        raise findings.wrong_address
-    return findings
+    def __init__(
+        self, context: PassContext, on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None
+    ) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._judge = context.judge
+        self._asking = context.asking if context.settings.asks_while_scanning else None
+        self._on_kept = on_kept
+        self._wrong_address: WrongAddress | None = None  # why --servers-url seems to be wrong
+        self._findings = Findings(idle_for=dict.fromkeys(context.settings.idle_steps, 0))
+
+    def run(self) -> Findings:
+        """Scan and decide. After an error, what was found so far may be stopped, but no user is deleted.
+
+        Raises WrongAddress.
+        """
+        findings = self._findings
+        try:
+            for page in UserList(self._context).pages():
+                self._decide(page)
+            findings.complete = not self._context.stop.is_set()
+        except HubError as error:
+            findings.error = error
+            findings.users.clear()
+        if self._wrong_address and self._asking and not self._asking.address_is_right:
+            raise self._wrong_address
+        return findings
+
+    def _decide(self, page: Page) -> None:
+        """Decide about all users and servers of a page."""
+        if page.problem:
+            self._count_doubt("the user list", page.problem)
+            return
+        self._findings.hub_time, self._findings.hub_time_read = page.now, page.requested
+        asked = self._ask_servers(page, self._asking) if self._asking else {}
+        for model in page.models:
+            try:
+                user = parse_user(model) if self._settings.cull_users else None
+                servers = user.servers if user else parse_servers(model)
+            except ValueError as error:
+                self._count_doubt("the Hub", str(error))
+                continue
+            self._findings.users_listed += 1
+            all_due = True
+            for server in servers:
+                known = asked.get((server.user, server.name), server) if asked else server
+                all_due &= self._decide_server(known, page)
+            if user and all_due:
+                self._decide_user(user, page)
+
+    def _ask_servers(self, page: Page, asking: Asking) -> dict[tuple[str, str], Server]:
+        """Ask the servers of a page whose answer can decide. Returns them with their own last activity.
+
+        Raises HubError.
+        """
+        by_then = page.now + (self._settings.warn_before or ZERO)
+        servers = [server for model in page.models if name_of(model) for server in parse_servers(model)]
+        worth_asking = [server for server in servers if self._judge.is_worth_asking(server, by_then)]
+        ask = partial(self._ask_server, asking, page.now)
+        asked = in_parallel(ask, worth_asking, self._settings.concurrency)
+        return {(server.user, server.name): server for server in asked}
+
+    def _ask_server(self, asking: Asking, now: datetime, server: Server) -> Server:
+        """The server with its own last activity; in doubt if the Hub makes no token for it.
+
+        Raises HubError if the Hub makes no token for anybody.
+        """
+        if self._context.stop.is_set():
+            return server._replace(doubt="not asked, because the pass is told to stop")
+        try:
+            own = with_retries(partial(asking.ask, server), self._context.stop)
+        except WrongAddress as error:
+            self._wrong_address = self._wrong_address or error
+            own = OwnActivity(Source.NO_ANSWER)
+        except HubError as error:
+            if error.affects_all or error.refused:
+                raise
+            return server._replace(doubt=str(error))
+        return with_own_activity(server, own, self._settings.idle_by, now)
+
+    def _decide_server(self, server: Server, page: Page) -> bool:
+        """Decide about a server; returns whether it is due."""
+        findings = self._findings
+        verdict = self._judge.server(server, page.now)
+        findings.running += server.ready
+        if findings.idle_for and server.ready and verdict.idle is not None:
+            for step in findings.idle_for:
+                findings.idle_for[step] += verdict.idle >= step
+        if verdict.cull:
+            decision = Decision(server.without_models(), verdict, page.offset)
+            findings.servers.setdefault((server.user, server.name), decision)
+            return True
+        if verdict.doubt:
+            self._count_doubt(server.full_name, verdict.reason)
+        warning = self._warning(server, verdict, page.now) if self._settings.warn_before else None
+        if warning:
+            findings.warnings.setdefault((server.user, server.name), warning)
+        elif self._on_kept:
+            self._on_kept(Decision(server.without_models(), verdict))
+        return False
+
+    def _decide_user(self, user: User, page: Page) -> None:
+        """Decide about a user all of whose servers are due."""
+        verdict = self._judge.user(user, page.now)
+        if verdict.cull:
+            self._findings.users.setdefault(user.name, Decision(user.without_models(), verdict, page.offset))
+            return
+        if verdict.doubt:
+            self._count_doubt(user.full_name, verdict.reason)
+        if self._on_kept:
+            self._on_kept(Decision(user.without_models(), verdict))
+
+    def _warning(self, server: Server, verdict: Verdict, now: datetime) -> Event | None:
+        """The warning for a kept server, if it will be due within --warn-before."""
+        found = self._judge.due_within(server, verdict, now, self._settings.warn_before or ZERO)
+        if not found:
+            return None
+        due_at, later = found
+        reason = f"{later.reason}; due in {short(due_at - now)}"
+        return Event(server.without_models(), Outcome.WARNED, reason, later, due_at=due_at)
+
+    def _count_doubt(self, where: str, what: str) -> None:
+        self._findings.doubts += 1
+        self._findings.first_doubt = self._findings.first_doubt or f"{where}: {what}"
 
 
 class OwnStops:
     """Tells the activity of users from that of our own stops: the Hub takes a stop for an activity of the user.
 
-    A user who may be deleted is looked at right after each stop. A last activity that is new then is the stop's;
-    whatever else any look has shown is the user's.
+    A user who may be deleted is looked at right before and right after each stop. A last activity that is new then is
+    the stop's; whatever else any look has shown is the user's. For example, 9:00 before the stop, 11:30 after it: if
+    the Hub says 11:30 in the end, the user was last active at 9:00.
     """
 
     def __init__(self) -> None:
@@ -2301,35 +2417,21 @@ class OwnStops:
         if at and at <= stopped and at != self._before.get((user.name, server_name)):
             self._caused.setdefault(user.name, set()).add(at)
 
-    def without(self, user: User) -> User:
+    def leave_out(self, user: User) -> User:
         """The user, last active when they themselves last did something."""
         seen = {*self._seen.get(user.name, ()), user.last_activity} - self._caused.get(user.name, set())
         return user._replace(last_activity=max((at for at in seen if at), default=user.last_activity))
 
 
-class Culling:
-    """Culls what the scan found. Each server and user is looked at again right before the DELETE.
+class Culler:
+    """Culls what the scan found. Each server and user is looked at again right before the DELETE."""
 
-    An event with the outcome PLANNED says that something is still due, and that nothing has been done about it.
-    """
-
-    def __init__(
-        self,
-        hub: Hub,
-        identity: Identity | None,
-        findings: Findings,
-        stop: threading.Event,
-        asking: Asking | None = None,
-    ) -> None:
-        self.hub = hub
-        self.identity = identity
-        self.asking = asking
-        self.findings = findings
-        self.settings = findings.settings
-        self.stop = stop
-        self.ended = False  # early
-        self.unanswered = 0  # requests in a row
-        self.own_stops = OwnStops()
+    def __init__(self, context: PassContext, findings: Findings) -> None:
+        self._hub, self._identity, self._settings, self._judge, self._stop, self._asking = context
+        self._findings = findings
+        self._own_stops = OwnStops()
+        self._ended = False  # early
+        self._unanswered = 0  # requests in a row
 
     def events(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
@@ -2337,75 +2439,75 @@ class Culling:
         for event in self._server_events():
             if isinstance(event.target, Server):
                 outcomes.setdefault(event.target.user, set()).add(event.outcome)
-            if event.outcome is not Outcome.PLANNED:
+            if event.outcome is not Outcome.DUE:
                 yield event
-        vacant = []
-        for name, decision in self.findings.users.items():
+        without_server = []
+        for name, decision in self._findings.users.items():
             staying = outcomes.get(name, set()) - {Outcome.CULLED, Outcome.GONE}
             if not staying:
-                vacant.append(decision)
-            elif Outcome.PLANNED not in staying:
+                without_server.append(decision)
+            elif Outcome.DUE not in staying:
                 yield Event(decision.target, Outcome.SPARED, "a server is still there", decision.verdict)
-        for event in self._in_parallel(self._cull_user, vacant):
-            if event.outcome is not Outcome.PLANNED:
+        for event in self._cull_all(self._cull_user, without_server):
+            if event.outcome is not Outcome.DUE:
                 yield event
 
     def _server_events(self) -> Iterator[Event]:
         """Cull the servers. Raises WrongAddress if servers were to be asked and none was found."""
         undecided: list[Decision[Server]] = []
         error: HubError | None = None
-        for event in self._in_parallel(self._cull_server, self.findings.servers.values()):
+        for event in self._cull_all(self._cull_server, self._findings.servers.values()):
             if isinstance(event.error, WrongAddress) and isinstance(server := event.target, Server):
                 error = event.error
-                undecided.append(self.findings.servers[server.user, server.name])
+                undecided.append(self._findings.servers[server.user, server.name])
             else:
                 yield event
-        if error and self.asking and not self.asking.address_is_right:
+        if error and self._asking and not self._asking.address_is_right:
             raise error
         # Another server has answered, so the address is right.
-        yield from self._in_parallel(self._cull_server, undecided)
+        yield from self._cull_all(self._cull_server, undecided)
 
-    def _in_parallel(
+    def _cull_all(
         self, cull: Callable[[Decision[Target]], Event], decisions: Iterable[Decision[Target]]
     ) -> Iterator[Event]:
-        """Cull each, with retries. Ends the pass early if the token is refused or the Hub does not answer."""
-
-        def attempt(decision: Decision[Target]) -> Event:
-            planned = Event(decision.target, Outcome.PLANNED, decision.verdict.reason, decision.verdict)
-            if self._is_over():
-                return planned
-            try:
-                event = with_retries(partial(cull, decision), self.stop)
-            except HubError as error:
-                event = planned._replace(outcome=Outcome.FAILED, error=error)
-            except UnreadableError as error:  # what a rule needs was shown in the list, but is not any more
-                event = planned._replace(outcome=Outcome.FAILED, error=HubError(str(error), refused=True))
-            if event.error and event.error.refused:
-                self.ended = True
-            return event
-
-        for event in in_parallel(attempt, decisions, self.settings.concurrency):
+        """Cull each, several at a time, and yield what became of it."""
+        for event in in_parallel(partial(self._attempt, cull), decisions, self._settings.concurrency):
             yield self._end_if_unanswered(event)
+
+    def _attempt(self, cull: Callable[[Decision[Target]], Event], decision: Decision[Target]) -> Event:
+        """Cull one, with retries. Ends the pass early if the token is refused."""
+        due = Event(decision.target, Outcome.DUE, decision.verdict.reason, decision.verdict)
+        if self._is_over():
+            return due
+        try:
+            event = with_retries(partial(cull, decision), self._stop)
+        except HubError as error:
+            event = due._replace(outcome=Outcome.FAILED, error=error)
+        except UnreadableError as error:  # what a rule needs was shown in the list, but is not any more
+            event = due._replace(outcome=Outcome.FAILED, error=HubError(str(error), refused=True))
+        if event.error and event.error.refused:
+            self._ended = True
+        return event
 
     def _end_if_unanswered(self, event: Event) -> Event:
         """End the pass if this is one failure too many that the Hub does not answer; the event then says so."""
-        if event.outcome is not Outcome.PLANNED:
-            self.unanswered = self.unanswered + 1 if event.error and event.error.affects_all else 0
+        if event.outcome is not Outcome.DUE:
+            self._unanswered = self._unanswered + 1 if event.error and event.error.affects_all else 0
         # Exactly this many: the failures still in flight do not say it again.
-        if not event.error or self.unanswered != max(UNANSWERED, 2 * self.settings.concurrency):
+        if not event.error or self._unanswered != max(UNANSWERED, 2 * self._settings.concurrency):
             return event
-        self.ended = True
-        sentence = f"the pass ends after {self.unanswered} failures in a row; the last: {event.error}"
+        self._ended = True
+        sentence = f"the pass ends after {self._unanswered} failures in a row; the last: {event.error}"
         return event._replace(error=HubError(sentence))
 
     def _is_over(self) -> bool:
         """True if nothing new may be started."""
-        return self.ended or self.stop.is_set()
+        return self._ended or self._stop.is_set()
 
     def _cull_server(self, decision: Decision[Server]) -> Event:
         """Look at a server again, and stop it if it is still due."""
         event = self._look_at_server(decision)
-        if event.outcome is Outcome.PLANNED and not self._is_over():
+        if event.outcome is Outcome.DUE and not self._is_over():
             return self._stop_server(decision, event)
         return event
 
@@ -2413,11 +2515,11 @@ class Culling:
         """Decide about a server again, from what the Hub says of it now."""
         server, verdict, _ = decision
         event = Event(server, Outcome.SPARED, "", verdict)
-        self.hub.check_path_safe(server.user, server.name)
-        user, now = self._look(server.user, decision)
+        self._hub.check_path_safe(server.user, server.name)
+        user, now = self._find_user(server.user, decision)
         if user is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
-        self.own_stops.see_before_stop(user, server.name)
+        self._own_stops.see_before_stop(user, server.name)
         fresh = user.server(server.name)
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="not running any more")
@@ -2427,29 +2529,29 @@ class Culling:
             return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
             return event._replace(reason="it was started anew")
-        verdict = self._judge_server(fresh, self.findings.plausible(now))
+        verdict = self._judge_server(fresh, self._findings.plausible(now))
         if not verdict.cull:
             return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
-        return Event(server, Outcome.PLANNED, verdict.reason, verdict)
+        return Event(server, Outcome.DUE, verdict.reason, verdict)
 
     def _judge_server(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server, and ask it first if --idle-by says so. `both` asks only what the Hub calls idle."""
-        verdict = self.settings.judge_server(server, now)
-        wanted = verdict.cull or self.settings.asks_while_scanning  # there the Hub's word does not count
-        if self.asking and wanted and self.settings.is_worth_asking(server, now):
-            server = with_word(server, self.asking.ask(server), self.settings.idle_by, now)
-            verdict = self.settings.judge_server(server, now)
+        verdict = self._judge.server(server, now)
+        undecided = verdict.cull or self._settings.asks_while_scanning  # there the Hub's word does not count
+        if self._asking and undecided and self._judge.is_worth_asking(server, now):
+            server = with_own_activity(server, self._asking.ask(server), self._settings.idle_by, now)
+            verdict = self._judge.server(server, now)
         return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
         server = decision.target
         began = time.monotonic()
-        answer = self.hub.stop(server, remove=self.settings.remove_named_servers)
+        answer = self._hub.stop(server, remove=self._settings.remove_named_servers)
         if answer.status == 204:
             # The Hub dates its answer when the request comes, others when they send it, both in whole seconds.
-            latest = self.findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 2)
+            latest = self._findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began + 2)
             self._see_own_stop(decision, latest)
-            removed = "; removed" if server.name and self.settings.remove_named_servers else ""
+            removed = "; removed" if server.name and self._settings.remove_named_servers else ""
             return event._replace(outcome=Outcome.CULLED, reason=event.reason + removed)
         if answer.status == 202:
             waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
@@ -2457,23 +2559,23 @@ class Culling:
         if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or pending
             return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
-            user, _ = self._look(server.user, decision)
+            user, _ = self._find_user(server.user, decision)
             if user is None or (answer.status == 404 and not user.server(server.name)):
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
 
     def _see_own_stop(self, decision: Decision[Server], stopped: datetime) -> None:
         """Look at a user who may be deleted, right after a stop. Without that, the stop counts as an activity."""
-        if decision.target.user in self.findings.users:
+        if decision.target.user in self._findings.users:
             with contextlib.suppress(HubError):
-                user, _ = self._look(decision.target.user, decision)
+                user, _ = self._find_user(decision.target.user, decision)
                 if user:
-                    self.own_stops.see_after_stop(user, decision.target.name, stopped)
+                    self._own_stops.see_after_stop(user, decision.target.name, stopped)
 
     def _cull_user(self, decision: Decision[User]) -> Event:
         """Look at a user again, now that all servers are stopped, and delete the user if that is still due."""
         event = self._look_at_user(decision)
-        if event.outcome is Outcome.PLANNED and not self._is_over():
+        if event.outcome is Outcome.DUE and not self._is_over():
             return self._delete_user(decision, event)
         return event
 
@@ -2481,21 +2583,21 @@ class Culling:
         """Decide about a user again, without the activity of our own stops."""
         user, verdict, _ = decision
         event = Event(user, Outcome.SPARED, "", verdict)
-        self.hub.check_path_safe(user.name)
-        fresh, now = self._look(user.name, decision)
+        self._hub.check_path_safe(user.name)
+        fresh, now = self._find_user(user.name, decision)
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
         if fresh.servers:
             return event._replace(reason="a server is there again")
         if fresh.created != user.created:
             return event._replace(reason="it was created anew")
-        verdict = self.settings.judge_user(self.own_stops.without(fresh), self.findings.plausible(now))
+        verdict = self._judge.user(self._own_stops.leave_out(fresh), self._findings.plausible(now))
         if not verdict.cull:
             return Event(user, Outcome.SPARED, why_spared(verdict), verdict)
-        return Event(user, Outcome.PLANNED, verdict.reason, verdict)
+        return Event(user, Outcome.DUE, verdict.reason, verdict)
 
     def _delete_user(self, decision: Decision[User], event: Event) -> Event:
-        answer = self.hub.delete_user(decision.target.name)
+        answer = self._hub.delete_user(decision.target.name)
         if answer.status == 204:
             return event._replace(outcome=Outcome.CULLED)
         if answer.status == 202:
@@ -2503,52 +2605,52 @@ class Culling:
         if answer.status == 400 and answer.error:  # a server is stopping, or the user owns the token
             return event._replace(outcome=Outcome.SPARED, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):
-            user, _ = self._look(decision.target.name, decision)
+            user, _ = self._find_user(decision.target.name, decision)
             if user is None:
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
-        return self._failed(event, answer, "delete:users", "admin:users")
+        return self._failed(event, answer, "admin:users", "delete:users")
 
-    def _look(self, name: str, decision: Decision[Server] | Decision[User]) -> Look:
-        """Look at a user; where that is not possible, find the user in the user list.
+    def _find_user(self, name: str, decision: Decision[Server] | Decision[User]) -> UserNow:
+        """Read one user; where that is not possible, find the user in the user list.
 
         Users who have left the list since the scan can only have moved this one to an earlier page.
         """
-        look = self.hub.look(name)
-        if look:
-            return look
-        size = min(self.settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
+        found = self._hub.user(name)
+        if found:
+            return found
+        size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
         for offset in [*range(decision.offset, 0, -size), 0]:
-            page = self.hub.page(offset, size=size, ready_only=not self.settings.cull_users)
+            page = self._hub.page(offset, size=size, ready_only=not self._settings.cull_users)
             for model in page.models:
                 if name_of(model) == name:
-                    return Look(read_user(model), page.now)
-        return Look(None, page.now)
+                    return UserNow(parse_user(model), page.now)
+        return UserNow(None, page.now)
 
-    def _failed(self, event: Event, answer: Answer, *scopes: str) -> Event:
-        """The event for a DELETE that did not work, and that one of these scopes would allow."""
+    def _failed(self, event: Event, answer: Answer, scope: str, *more_than_it: str) -> Event:
+        """The event for a DELETE that did not work. `scope` would allow it, and so would those that are more."""
         sentence = f"the Hub {answer}"
         kind = f"the Hub answered {answer.status}"
         refused = answer.status in (401, 403)
         if refused:
-            sentence += f"; {self._advice(answer, scopes[-1])}"
+            sentence += f"; {self._advice(answer, scope)}"
         elif answer.status == 404 and answer.error:
-            filtered = self.identity.filtered(*scopes) if self.identity else []
-            scope = " and ".join(filtered) or f"a filtered scope, such as {scopes[0]}!group=…,"
-            kind = f"{scope} does not cover it"
+            filtered = self._identity.filtered(scope, *more_than_it) if self._identity else []
+            named = " and ".join(filtered) or f"a filtered scope, such as {scope}!group=…,"
+            kind = f"{named} does not cover it"
             sentence += f": it is still there, so the token's {kind}"
         return event._replace(outcome=Outcome.FAILED, error=HubError(sentence, kind, refused=refused))
 
     def _advice(self, answer: Answer, scope: str) -> str:
         """What helps against a refusal."""
-        if answer.status == 401 or not self.identity:
+        if answer.status == 401 or not self._identity:
             return TOKEN_HINT
-        role = extra_role(self.identity, [scope])
+        role = extra_role(self._identity, [scope])
         return f"the token needs the scope {scope}; add to jupyterhub_config.py: {role}"
 
 
 def why_spared(verdict: Verdict) -> str:
     """Why the second look spares what the scan found due."""
-    return verdict.activity if verdict.because == "idle" else verdict.reason
+    return verdict.activity if verdict.decided_by is Measure.IDLE else verdict.reason
 
 
 # ---- What a pass came to
@@ -2564,7 +2666,7 @@ class PassResult:
     complete: bool = False  # the whole user list was read
     running: int = 0
     idle: int = 0  # servers idle for at least --timeout, if that is counted
-    due: int = 0
+    due_count: int = 0  # servers and users
     outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, without deleted users
     deleted: int = 0  # users
     warned: int = 0
@@ -2578,23 +2680,23 @@ class PassResult:
     @property
     def undone(self) -> int:
         """How many were due and not tried, because the pass ended early."""
-        return 0 if self.dry_run else self.due - self.deleted - self.outcomes.total()
+        return 0 if self.dry_run else self.due_count - self.deleted - self.outcomes.total()
 
-    def add_findings(self, findings: Findings) -> None:
+    def add_findings(self, findings: Findings, timeout: timedelta) -> None:
         """Take over what the scan found."""
         self.complete = findings.complete
         self.running = findings.running
-        self.idle = findings.idle_for.get(findings.settings.timeout, 0)
-        self.due = findings.due
+        self.idle = findings.idle_for.get(timeout, 0)
+        self.due_count = findings.due_count
         self.warned = len(findings.warnings) if self.dry_run else 0
         if findings.error:
             self.errors.append(findings.error)
 
-    def add_words(self, asking: Asking) -> None:
+    def add_answers(self, asking: Asking) -> None:
         """Count the servers that were asked."""
-        words = Counter(asking.words.values())
-        self.asked = words.total()
-        self.busy, self.no_answer = words[SaidBy.BUSY_KERNEL], words[SaidBy.NO_ANSWER]
+        answers = Counter(asking.answers.values())
+        self.asked = answers.total()
+        self.busy, self.no_answer = answers[Source.BUSY_KERNEL], answers[Source.NO_ANSWER]
 
     def count(self, event: Event) -> None:
         """Count an event."""
@@ -2609,7 +2711,7 @@ class PassResult:
     @property
     def counts(self) -> dict[str, int]:
         """What became of how many, in the words of the log."""
-        outcomes = {str(outcome): self.outcomes[outcome] for outcome in OUTCOMES_OF_DUE}
+        outcomes = {str(outcome): self.outcomes[outcome] for outcome in FINAL_OUTCOMES}
         asked = {"asked": self.asked, "busy": self.busy, "no answer": self.no_answer}
         return {**outcomes, "deleted": self.deleted, "left undone": self.undone, "warned": self.warned, **asked}
 
@@ -2623,7 +2725,7 @@ class PassResult:
         return Exit.UNDONE if self.outcomes[Outcome.FAILED] or self.undone or not self.complete else Exit.DONE
 
     def __str__(self) -> str:
-        counts = [f"{self.running} running", f"{self.due} due"]
+        counts = [f"{self.running} running", f"{self.due_count} due"]
         counts += [f"{count} {what}" for what, count in self.counts.items() if count]
         return f"{', '.join(counts)} in {self.seconds:.1f}s"
 
@@ -2634,6 +2736,7 @@ PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  #
 BAR_FROM = 10  # a pass that culls more than this shows a progress bar
 FAILURE_KINDS = 10  # so many kinds of failures are told apart
 ERASE_LINE = "\r\033[K"
+NARROWEST = 40  # columns of the smallest terminal that is laid out for
 
 
 class Log:
@@ -2777,7 +2880,7 @@ def event_fields(event: Event, settings: Settings) -> dict[str, object]:
         "reason": event.reason,
         "idle_seconds": None if verdict.idle is None else int(verdict.idle.total_seconds()),
         "age_seconds": None if verdict.age is None else int(verdict.age.total_seconds()),
-        "due": format_time(event.due) if event.due else None,
+        "due": format_time(event.due_at) if event.due_at else None,
         "error": str(event.error) if event.error else None,
     }
 
@@ -2791,7 +2894,7 @@ def pass_fields(result: PassResult, url: str) -> dict[str, object]:
         "version": printable(result.version, 40) if result.version else None,
         "running": result.running,
         "idle": result.idle,
-        "planned": result.due,
+        "planned": result.due_count,
         **{what.replace(" ", "_"): count for what, count in result.counts.items()},
         "seconds": round(result.seconds, 3),
         "dry_run": result.dry_run,
@@ -2836,7 +2939,6 @@ class JsonLines:
 
 # ---- The plan of a dry run: a table and bars
 
-NARROWEST = 40  # columns of the smallest terminal that is laid out for
 REASON_WIDTH = 24  # columns that a reason needs to stand beside the rest
 AT_TIMEOUT = "  <- --timeout"
 COLOURS: Mapping[str, Mapping[str, Any]] = {
@@ -2846,6 +2948,7 @@ COLOURS: Mapping[str, Mapping[str, Any]] = {
     "removed": {"fg": "red"},
     "deleted": {"fg": "red", "bold": True},
 }
+TABLE_HEADER = ("SERVER", "IDLE", "AGE", "WOULD BE")
 WOULD_BE = {"stop": "stopped", "remove": "removed", "delete": "deleted"}
 
 
@@ -2885,12 +2988,12 @@ def show_plan(
     users = f", {count_of(len(findings.users), 'user')} deleted" if settings.cull_users else ""
     lines += wrap(f"{len(findings.servers)} of {findings.running} running servers would be stopped{users}.", width)
     try:
-        findings.check_fuse()
+        findings.check(settings.max_culls)
     except FuseBlownError as error:
         lines += wrap(f"But {error}.", width)
     if findings.servers and settings.idle_by is IdleBy.BOTH:
         lines += wrap("But --idle-by both asks each of them before, and spares those in use.", width)
-    if missing and findings.due:
+    if missing and findings.due_count:
         lines += wrap(f"But the token lacks {' and '.join(missing)}: a real pass would stop nothing.", width)
     if findings.running:
         lines += ["", *bars(findings.idle_for, settings.timeout, width)]
@@ -2969,9 +3072,8 @@ def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
     cells = []
     for target, verdict, would_be, reason in rows:
         idle, age = ("-" if d is None else short(d) for d in (verdict.idle, verdict.age))
-        cells.append((encodable(target.full_name), idle, age, would_be, encodable(f"{would_be}: {reason}")))
-    header = ("SERVER", "IDLE", "AGE", "", "WOULD BE")
-    names, idles, ages, _, reasons = (max(map(display_width, column)) for column in zip(header, *cells, strict=True))
+        cells.append((encodable(target.full_name), idle, age, encodable(f"{would_be}: {reason}")))
+    names, idles, ages, reasons = (max(map(display_width, column)) for column in zip(TABLE_HEADER, *cells, strict=True))
     numbers = 2 + idles + 2 + ages + 2
     beside = True  # reasons stand beside the rest, not below it
     if width is not None and names + numbers + reasons > width:
@@ -2986,8 +3088,9 @@ def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
         left = f"{name}{' ' * (names - display_width(name))}  {idle:{idles}}  {age:{ages}}"
         return f"{left}  {why}" if beside else f"{left.rstrip()}\n{indent}{why}"
 
-    yield click.style(line("SERVER", "IDLE", "AGE", "WOULD BE"), bold=True)
-    for full_name, idle, age, would_be, why in cells:
+    yield click.style(line(*TABLE_HEADER), bold=True)
+    for full_name, idle, age, why in cells:
+        would_be = why.partition(":")[0]
         first, *others = wrap(why, reasons)
         first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
         yield line(cut_middle(full_name, names, mark), idle, age, first)
@@ -3027,7 +3130,7 @@ def metrics_of(result: PassResult, last_success: float) -> Iterator[Metric]:
     """The metrics of a pass. `last_success`: when an earlier one succeeded, in seconds since 1970."""
     ended = result.started.timestamp() + result.seconds
     succeeded = result.exit_code is Exit.DONE
-    outcomes = {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in OUTCOMES_OF_DUE}
+    outcomes = {f'{{outcome="{outcome}"}}': result.outcomes[outcome] for outcome in FINAL_OUTCOMES}
     yield Metric("passes_total", "Passes.", {"": 1})
     yield Metric("failed_passes_total", "Passes that did not do all they set out to do.", {"": not succeeded})
     yield Metric("outcomes_total", "What became of due servers, and of due users who were not deleted.", outcomes)
@@ -3045,7 +3148,7 @@ def metrics_of(result: PassResult, last_success: float) -> Iterator[Metric]:
         idle = "Ready servers that were idle for at least --timeout in the last pass."
         yield Metric("running_servers", "Servers that were ready in the last pass.", {"": result.running})
         yield Metric("idle_servers", idle, {"": result.idle})
-        yield Metric("planned", "Servers and users that were due in the last pass.", {"": result.due})
+        yield Metric("planned", "Servers and users that were due in the last pass.", {"": result.due_count})
 
 
 def write_metrics(path: str, result: PassResult) -> None:
@@ -3222,7 +3325,7 @@ def last_line(stream: BinaryIO) -> str:
 LABEL_WIDTH = 9  # columns
 
 
-def show_explanation(facts: Iterable[tuple[str, str]]) -> None:
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print labels and facts, one below the other."""
     width = terminal_width(sys.stdout)
     for label, fact in facts:
@@ -3230,33 +3333,46 @@ def show_explanation(facts: Iterable[tuple[str, str]]) -> None:
         click.echo(f"{label:{LABEL_WIDTH}}" + f"\n{'':{LABEL_WIDTH}}".join(lines))
 
 
-def explain(hub: Hub, settings: Settings, name: str, asking: Asking | None) -> Iterator[tuple[str, str]]:
+def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
     """What decides about `USER/SERVER`, or about `USER` and the default server, as labels and facts.
 
     Raises CullError.
     """
+    hub = context.hub
     user_name, _, server_name = name.partition("/")
     if not user_name:
         raise UsageError("--explain: write USER, or USER/SERVER for a named server.")
-    look = hub.look(user_name)
-    if look is None:
+    found = hub.user(user_name)
+    if found is None:
         raise HubError(f"{hub.url} cannot show a single user, so there is nothing to explain; {API_HINT}")
-    user, now = look
+    user, now = found
     if user is None:
         raise UsageError(f"--explain: {hub.url} knows no user {one_line(user_name, 40)!r}.")
     ahead = round((now - datetime.now(UTC)).total_seconds())
     difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
     yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
     yield "clock", format_time(now) + (f", {difference} this machine's" if abs(ahead) > 1 else "")
-    yield from explain_server(user, server_name, settings, now, asking)
-    if settings.cull_users and not server_name:
-        yield from explain_user(user, settings, now)
+    explains_user = context.settings.cull_users and not server_name
+    servers = [
+        ask_if_it_decides(context, server, now) if explains_user or server.name == server_name else server
+        for server in user.servers
+    ]
+    user = user._replace(servers=servers)
+    yield from explain_server(context, user, server_name, now)
+    if explains_user:
+        yield from explain_user(user, context.judge, now)
 
 
-def explain_server(
-    user: User, name: str, settings: Settings, now: datetime, asking: Asking | None
-) -> Iterator[tuple[str, str]]:
-    """What decides about a server of a user. Raises HubError if the server is to be asked and cannot be."""
+def ask_if_it_decides(context: PassContext, server: Server, now: datetime) -> Server:
+    """The server with its own last activity, if --idle-by asks while scanning. Raises HubError."""
+    if not (context.asking and context.settings.asks_while_scanning and context.judge.is_worth_asking(server, now)):
+        return server
+    return with_own_activity(server, context.asking.ask(server), context.settings.idle_by, now)
+
+
+def explain_server(context: PassContext, user: User, name: str, now: datetime) -> Iterator[tuple[str, str]]:
+    """What decides about a server of a user."""
+    settings, judge = context.settings, context.judge
     server = user.server(name)
     if server is None:
         full_name = printable(f"{user.name}/{name}" if name else user.name)
@@ -3267,29 +3383,31 @@ def explain_server(
     yield "server", server.full_name
     if settings.idle_by is IdleBy.BOTH:
         yield "asked", "no: that counts as activity, so it is asked only before it is stopped"
-    elif asking and settings.is_worth_asking(server, now):
-        server = with_word(server, asking.ask(server), settings.idle_by, now)
-        yield "asked", f"no answer: {asking.first_problem}" if asking.first_problem else "yes"
-    verdict = settings.judge_server(server, now)
-    ready = "yes" if server.ready else "unknown" if server.doubt else "no"
-    yield "ready", ready + (f", pending {one_line(server.pending, 20)}" if server.pending else "")
+    elif server.source is Source.NO_ANSWER:
+        yield "asked", f"no answer: {context.asking.first_problem if context.asking else ''}"
+    elif server.source is not Source.HUB:
+        yield "asked", "yes"
+    verdict = judge.server(server, now)
+    ready = "yes" if server.ready else "no"
+    pending = f", pending {one_line(server.pending, 20)}" if server.pending else ""
+    yield "ready", "unknown" if server.doubt else f"{ready}{pending}"
     yield from explain_times(server.last_activity, "started", server.started, verdict)
-    yield from explain_rules(server, settings.numbered_rules)
-    policy = settings.server_policies.find(server)
+    yield from explain_rules(server, judge.rules)
+    policy = judge.server_policies.find(server)
     yield from explain_limits(policy, server.last_activity, server.started, now)
     if settings.arbiter:
         yield "arbiter", "decides in place of the timeout"
     yield "verdict", f"{f'would be {WOULD_BE[action(server, settings)]}' if verdict.cull else 'kept'}: {verdict.reason}"
 
 
-def explain_user(user: User, settings: Settings, now: datetime) -> Iterator[tuple[str, str]]:
+def explain_user(user: User, judge: Judge, now: datetime) -> Iterator[tuple[str, str]]:
     """What decides about a user."""
-    verdict = settings.judge_user(user, now)
+    verdict = judge.user(user, now)
     yield "user", printable(user.name) + (", an admin" if user.admin else "")
     yield from explain_times(user.last_activity, "created", user.created, verdict)
-    yield from explain_rules(user, [(number, rule) for number, rule in settings.numbered_rules if rule.for_users])
-    yield from explain_limits(settings.user_policies.find(user), user.last_activity, user.created, now)
-    staying = [server.full_name for server in user.servers if not settings.judge_server(server, now).cull]
+    yield from explain_rules(user, [(number, rule) for number, rule in judge.rules if rule.for_users])
+    yield from explain_limits(judge.user_policies.find(user), user.last_activity, user.created, now)
+    staying = [server.full_name for server in user.servers if not judge.server(server, now).cull]
     if verdict.cull and staying:
         verdict = verdict.kept(f"{', '.join(staying)} would not be stopped")
     when = " once no server is left" if user.servers else ""
@@ -3300,8 +3418,7 @@ def explain_times(
     active: datetime | None, birth: str, born: datetime | None, verdict: Verdict
 ) -> Iterator[tuple[str, str]]:
     """When something was last active and when it was born, and how long ago that is."""
-    # The very same moment only where it stands in: see read_user and read_server.
-    stands_in = f": when it was {birth}, no activity is known" if active is born else ""
+    stands_in = f": when it was {birth}, no activity is known" if active == born else ""
     for label, moment, measured in (("active", active, verdict.idle), (birth, born, verdict.age)):
         if moment is None:
             yield label, "unknown"
@@ -3313,13 +3430,13 @@ def explain_times(
 def explain_rules(target: Server | User, rules: Iterable[tuple[int, Rule]]) -> Iterator[tuple[str, str]]:
     """Why rules do not apply, up to the first one that does."""
     for number, rule in rules:
-        failing = [field for field, glob in rule.matches if not any(map(glob.match, readable_values(target, field)))]
+        failing = [match for match in rule.matches if not match.holds(match.values(target))]
         if not failing:
             servers_only = ", its limits only to servers" if isinstance(target, User) and not rule.keep else ""
             yield f"rule {number}", f"{rule.text}: applies{servers_only}"
             return
-        values = ", ".join(readable_values(target, failing[0])) or "none"
-        yield f"rule {number}", f"{rule.text}: does not apply, {failing[0]} is {one_line(values)}"
+        values = ", ".join(failing[0].values(target)) or "none"
+        yield f"rule {number}", f"{rule.text}: does not apply, {failing[0].name} is {one_line(values)}"
 
 
 def explain_limits(
@@ -3332,10 +3449,9 @@ def explain_limits(
 
 def explain_limit(limit: Limit, since: datetime | None, now: datetime) -> str:
     """A limit, and when something that has lasted since then reaches it."""
-    by_rule = limit.source.partition(":")[0]
     if limit.duration == NEVER:
-        return f"never{by_rule}"
-    text = f"{format_duration(limit.duration)}{by_rule}"
+        return f"never{limit.by_rule}"
+    text = f"{format_duration(limit.duration)}{limit.by_rule}"
     if since is None:
         return f"{text}, not reached: unknown since when"
     left = limit.duration - max(now - since, ZERO)
@@ -3420,7 +3536,7 @@ def exit_at_once(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
-class Culler:
+class Loop:
     """Makes passes, as the settings say, until told to stop."""
 
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
@@ -3428,6 +3544,7 @@ class Culler:
         self.settings = settings
         self.stop = stop
         self.log = Log(settings)
+        self._judge = Judge(settings)
         self.json_lines = JsonLines(settings, stop)
         self._token = read_token(settings.token_file)
         self._token_problem = ""  # why the last token is still used
@@ -3471,7 +3588,7 @@ class Culler:
         with self._open_hub() as hub:
             self._check_scopes(hub)
             with self._asking(hub) as asking:
-                show_explanation(explain(hub, self.settings, name, asking))
+                print_facts(explanation(self._context(hub, asking), name))
         return Exit.DONE
 
     def make_pass(self) -> PassResult:
@@ -3482,15 +3599,19 @@ class Culler:
             with self._open_hub() as hub:
                 self._check_scopes(hub)
                 with self._asking(hub, result) as asking:
+                    context = self._context(hub, asking)
                     if self.settings.dry_run:
-                        self._plan(hub, result, asking)
+                        self._plan(context, result)
                     else:
-                        self._cull(hub, result, asking)
+                        self._cull(context, result)
         except CullError as error:
             result.errors.append(error)
         result.seconds = time.monotonic() - began
         self._scopes_checked = self._scopes_checked or not result.errors
         return result
+
+    def _context(self, hub: Hub, asking: Asking | None) -> PassContext:
+        return PassContext(hub, self._identity, self.settings, self._judge, self.stop, asking)
 
     @contextlib.contextmanager
     def _asking(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asking | None]:
@@ -3498,38 +3619,38 @@ class Culler:
         if not self.settings.asks_servers:
             yield None
             return
-        with Asking(hub, self.settings, self.stop, address_is_right=self._address_is_right) as asking:
+        with Asking(hub, self.settings, address_is_right=self._address_is_right) as asking:
             asking.check()
             try:
                 yield asking
             finally:
                 self._address_is_right = asking.address_is_right
                 if result:
-                    result.add_words(asking)
+                    result.add_answers(asking)
                 if result and result.no_answer:
                     count = f"{result.no_answer} of {result.asked} servers asked gave no answer"
                     self.log.say("warning", f"{count}, so the Hub's word counts; the first: {asking.first_problem}")
 
-    def _cull(self, hub: Hub, result: PassResult, asking: Asking | None) -> None:
+    def _cull(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
-        findings = self._scan(hub, result, self.log.kept if self.settings.level == "debug" else None, asking)
-        with self._notices() as notices, self.log.progress(findings.due):
-            for event in self._events(hub, findings, asking):
+        findings = self._scan(context, result, self.log.kept)
+        with self._notices() as notices, self.log.progress(findings.due_count):
+            for event in self._events(context, findings):
                 result.count(event)
                 self.log.event(event)
                 self.json_lines.event(event)
                 if notices:
                     notices.send(event)
 
-    def _events(self, hub: Hub, findings: Findings, asking: Asking | None) -> Iterator[Event]:
+    def _events(self, context: PassContext, findings: Findings) -> Iterator[Event]:
         yield from self._new_warnings(findings)
-        findings.check_fuse()
-        yield from Culling(hub, self._identity, findings, self.stop, asking).events()
+        findings.check(self.settings.max_culls)
+        yield from Culler(context, findings).events()
 
-    def _plan(self, hub: Hub, result: PassResult, asking: Asking | None) -> None:
+    def _plan(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide and show. Raises CullError."""
         kept: list[Decision[Server] | Decision[User]] = []
-        findings = self._scan(hub, result, kept.append if self.settings.level == "debug" else None, asking)
+        findings = self._scan(context, result, kept.append)
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
@@ -3538,16 +3659,12 @@ class Culler:
             show_plan(findings, kept, missing, self.settings)
 
     def _scan(
-        self,
-        hub: Hub,
-        result: PassResult,
-        on_kept: Callable[[Decision[Server] | Decision[User]], None] | None,
-        asking: Asking | None,
+        self, context: PassContext, result: PassResult, on_kept: Callable[[Decision[Server] | Decision[User]], None]
     ) -> Findings:
-        while_scanning = asking if self.settings.asks_while_scanning else None
-        findings = scan_and_decide(hub, self.settings, self.stop, on_kept, while_scanning)
-        result.add_findings(findings)
-        result.version = hub.version
+        """Scan and decide. `on_kept` is told of what is kept, if that is to be shown. Raises CullError."""
+        findings = Scan(context, on_kept if self.settings.level == "debug" else None).run()
+        result.add_findings(findings, self.settings.timeout)
+        result.version = context.hub.version
         if findings.doubts:
             self.log.say("warning", f"kept {findings.doubts} in doubt; the first: {findings.first_doubt}")
         return findings
@@ -3556,10 +3673,10 @@ class Culler:
         """Warnings of servers that will be due soon, each once, until something happens to the server."""
         if not findings.error and findings.hub_time:  # a server that is not listed this time may be the next time
             now = findings.hub_time
-            self._warned = {key: due for key, due in self._warned.items() if due > now}
+            self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now}
         for key, event in findings.warnings.items():
-            if event.due and self._warned.get(key) != event.due:
-                self._warned[key] = event.due
+            if event.due_at and self._warned.get(key) != event.due_at:
+                self._warned[key] = event.due_at
                 yield event
             else:
                 self.log.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
@@ -3658,7 +3775,7 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records, col_max=32)
 
 
-def run(**values: Any) -> Exit:
+def stop_idle_servers(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
     settings = Settings(**values)
     timeouts = [] if settings.arbiter else [settings.timeout, *(rule.timeout for rule in settings.rule)]
@@ -3669,12 +3786,12 @@ def run(**values: Any) -> Exit:
     if settings.metrics_file:
         check_metrics_file(settings.metrics_file)
     with stop_signals() as stop:
-        culler = Culler(settings, stop)
+        loop = Loop(settings, stop)
         for warning in warnings_about(settings):
-            culler.log.say("warning", warning)
+            loop.log.say("warning", warning)
         if settings.explain is not None:
-            return culler.explain(settings.explain)
-        return culler.run()
+            return loop.explain(settings.explain)
+        return loop.run()
 
 
 def warnings_about(settings: Settings) -> Iterator[str]:
@@ -3688,7 +3805,7 @@ def warnings_about(settings: Settings) -> Iterator[str]:
     known = [f"{prefix}{field.name.upper()}" for field in dataclasses.fields(Settings)]
     own = {f"{prefix}{name}" for name in NOTICE_VARIABLES}  # in the environment of a --notify command
     for name in sorted(os.environ):
-        if name.startswith(prefix) and not name.endswith("_COMPLETE") and name not in known and name not in own:
+        if name.startswith(prefix) and name not in known and name not in own:
             suggestion = f"; did you mean ${near[0]}?" if (near := similar(name, known)) else ""
             yield f"${printable(name)} is no option of this program{suggestion}"
 
@@ -3730,11 +3847,12 @@ def make_command(program: str = PROGRAM) -> click.Command:
     command = GroupedCommand(
         program,
         params=params,
-        callback=run,
+        callback=stop_idle_servers,
         help="Stop the idle servers of a JupyterHub: once, or in a loop."
         " The API token comes from $JUPYTERHUB_API_TOKEN or --token-file.",
-        epilog="A DURATION is seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment variable"
-        " too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable Hub.",
+        epilog="A DURATION is a number of seconds, or like 90s, 15m, 1.5h, 1h30m, 2d, 1w. Each option is an environment"
+        " variable too: CULL_IDLE_TIMEOUT=1h. Exit codes: 0 all done, 1 something due was not done, 2 usage, 3 no usable"
+        " Hub.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             # as the old scripts wrote them, and jupyterhub-idle-culler in full
@@ -3747,7 +3865,7 @@ def make_command(program: str = PROGRAM) -> click.Command:
         is_eager=True,
         expose_value=False,
         callback=generate_config,
-        help="Print such a file with every option, its default and its help, commented out, and exit.",
+        help="Print a file for --config with every option, its default and its help, commented out, and exit.",
     )
     return click.version_option(__version__, prog_name=program, message="%(prog)s %(version)s")(generate(command))
 

@@ -144,11 +144,11 @@ def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
     """Read the arguments and the environment as the program does, but cull nothing."""
     seen: list[cull_idle.Settings] = []
 
-    def run(culler: cull_idle.Culler) -> int:
+    def run(culler: cull_idle.Loop) -> int:
         seen.append(culler.settings)
         return 0
 
-    monkeypatch.setattr(cull_idle.Culler, "run", run)
+    monkeypatch.setattr(cull_idle.Loop, "run", run)
     monkeypatch.setattr(cull_idle, "read_token", lambda path: "unused")
 
     def settings(*args: str, env: Mapping[str, str] | None = None) -> cull_idle.Settings:

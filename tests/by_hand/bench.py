@@ -44,7 +44,7 @@ import socket, sys, time
 import cull_idle
 import requests
 
-make_pass, receive = cull_idle.Culler.make_pass, socket.socket.recv_into
+make_pass, receive = cull_idle.Loop.make_pass, socket.socket.recv_into
 waits = []
 
 def timed_receive(*arguments):
@@ -61,7 +61,7 @@ def timed_pass(culler):
     return result
 
 socket.socket.recv_into = timed_receive
-cull_idle.Culler.make_pass = timed_pass
+cull_idle.Loop.make_pass = timed_pass
 sys.exit(cull_idle.main(sys.argv[1:]))
 """
 

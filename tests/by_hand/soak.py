@@ -125,7 +125,7 @@ def soak(passes: int, seed: int) -> list[Sample]:
     hub = multiprocessing.get_context("spawn").Process(target=serve, args=(there, seed), daemon=True)
     hub.start()
     there.close()
-    culler = cull_idle.Culler(settings_for(here.recv()), threading.Event())
+    culler = cull_idle.Loop(settings_for(here.recv()), threading.Event())
     samples: list[Sample] = []
     failures = culled = 0
     row = "{:>8}  {:>8}  {:>5}  {:>7}  {:>8}  {:>7}".format

@@ -146,7 +146,9 @@ def test_the_generated_file_without_its_comment_signs_sets_the_defaults(
     assert (result.exit_code, result.err) == (0, "")
     assert tomllib.loads(result.out) == {}
     config.write_text(re.sub(r"^# (?=[\w-]+ = )", "", result.out, flags=re.MULTILINE))
-    assert len(tomllib.loads(config.read_text())) >= 18
+    values = tomllib.loads(config.read_text())
+    assert len(values) >= 18
+    assert (values["timeout"], values["rule"], values["cull-users"], values["once"]) == ("10m", [], False, False)
     assert replace(settings_of(f"--config={config}"), config=None) == settings_of()
 
 
@@ -167,6 +169,37 @@ def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_
         assert isinstance(option, click.Option)
         assert (option.help or "").split("  [")[0] in text or option.name == "config"
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_text_in_a_config_file_stays_as_it_is_written(settings_of: SettingsOf, config: Path) -> None:
+    config.write_text('token-file = "/Etc/Token"\nurl = "http://Hub.Example:8081/Jhub/hub/api/"\n')
+    settings = settings_of(f"--config={config}")
+    assert settings.token_file == "/Etc/Token"
+    assert settings.url == "http://Hub.Example:8081/Jhub/hub/api"
+
+
+SSL_VARIABLES = {
+    "JUPYTERHUB_SSL_KEYFILE": "/ssl/own.key",
+    "JUPYTERHUB_SSL_CERTFILE": "/ssl/own.crt",
+    "JUPYTERHUB_SSL_CLIENT_CA": "/ssl/ca.crt",
+}
+
+
+def test_the_client_certificate_comes_from_the_hub_if_it_names_all_of_it(settings_of: SettingsOf) -> None:
+    assert settings_of().client_certificate is None
+    own = settings_of("--ssl-enabled", "--internal-certs-location=/x").client_certificate
+    assert own == ("/x/hub-internal/hub-internal.key", "/x/hub-internal/hub-internal.crt", "/x/hub-ca/hub-ca.crt")
+
+
+@pytest.mark.parametrize("without", [None, *SSL_VARIABLES])
+def test_a_part_of_the_hubs_client_certificate_is_none(
+    settings_of: SettingsOf, monkeypatch: pytest.MonkeyPatch, without: str | None
+) -> None:
+    settings = settings_of()
+    for name, value in SSL_VARIABLES.items():
+        if name != without:
+            monkeypatch.setenv(name, value)
+    assert settings.client_certificate == (None if without else ("/ssl/own.key", "/ssl/own.crt", "/ssl/ca.crt"))
 
 
 def test_the_long_names_of_the_reference_are_options_too(settings_of: SettingsOf) -> None:

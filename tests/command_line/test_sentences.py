@@ -51,7 +51,7 @@ from scripted_hub import (
 from settings import SettingsOf
 
 import cull_idle
-from cull_idle import parse_duration, parse_time, read_user
+from cull_idle import parse_duration, parse_time, parse_user
 
 TOKEN = "5ecre7-token-0f-the-cu11er"
 TO_API = "usually ends in /hub/api"
@@ -417,6 +417,12 @@ def test_quiet_does_not_silence_a_failure(cull_scripted: Cull, scripted: Scripte
         pytest.param(set(LEAST_SCOPES) - {"read:servers"}, [], "read:servers", id="read"),
         pytest.param(set(LEAST_SCOPES) - {"delete:servers"}, [], "delete:servers", id="stop"),
         pytest.param(set(LEAST_SCOPES), ["--cull-users"], "admin:users", id="delete users"),
+        pytest.param(
+            {*LEAST_SCOPES, "delete:users"} - {"read:users:activity"},
+            ["--cull-users"],
+            "read:users:activity",
+            id="see when users were active",
+        ),
         pytest.param(set(LEAST_SCOPES) - {"read:servers"}, ["--dry-run"], "read:servers", id="dry run"),
     ],
 )
@@ -430,7 +436,7 @@ def test_a_scope_that_is_missing_is_named_with_the_role_that_grants_it(
     assert_one_sentence(result, 3, missing, "jupyterhub_config.py", "c.JupyterHub.load_roles", f'"{missing}"', "culler")
     said, _, role = result.lines[0].partition("load_roles")
     assert [scope for scope in (*LEAST_SCOPES, "admin:users") if scope in said] == [missing]
-    assert ("admin:users" in role) == ("--cull-users" in arguments)
+    assert ("admin:users" in role) == (missing == "admin:users")
     assert scripted.lines("DELETE") == []
 
 
@@ -656,8 +662,8 @@ NO_DURATION = "'1x' is not a duration: write seconds, or numbers with units, suc
         (parse_duration, "1x", NO_DURATION),
         (parse_duration, "999999999999d", "'999999999999d' is too long a duration."),
         (parse_time, "yesterday or so", "'yesterday or so' is not a time"),
-        (read_user, None, "answered a user without a name"),
-        (read_user, {"name": ""}, "answered a user without a name"),
+        (parse_user, None, "answered a user without a name"),
+        (parse_user, {"name": ""}, "answered a user without a name"),
     ],
 )
 def test_what_is_refused(parse: Callable[[Any], object], text: object, sentence: str) -> None:
@@ -684,7 +690,7 @@ NOT_SHOWN = "its last_activity is not shown; the token needs the scope read:user
 )
 def test_the_doubt_about_a_user(changes: dict[str, object], doubt: str) -> None:
     model = {key: value for key, value in {**ANN, "servers": {}, **changes}.items() if value is not DROP}
-    assert read_user(model).doubt == doubt
+    assert parse_user(model).doubt == doubt
 
 
 @pytest.mark.parametrize(
@@ -702,7 +708,7 @@ def test_the_doubt_about_a_user(changes: dict[str, object], doubt: str) -> None:
 )
 def test_the_doubt_about_a_server(changes: dict[str, object], doubt: str) -> None:
     model = {key: value for key, value in {**SERVER, **changes}.items() if value is not DROP}
-    (server,) = read_user({**ANN, "servers": {"gpu": model}}).servers
+    (server,) = parse_user({**ANN, "servers": {"gpu": model}}).servers
     assert server.doubt == doubt
 
 
@@ -715,7 +721,7 @@ def test_the_doubt_about_a_server(changes: dict[str, object], doubt: str) -> Non
     ],
 )
 def test_the_doubt_about_servers_that_are_not_shown(user: dict[str, object], doubt: str) -> None:
-    (server,) = read_user(user).servers
+    (server,) = parse_user(user).servers
     assert server.doubt == doubt
 
 

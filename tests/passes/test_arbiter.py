@@ -18,6 +18,19 @@ c.IdleCuller.cull_arbiter_hook = my_cull_arbiter
 """
 
 
+POSTPONED = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Decision:
+    cull: bool
+
+def f():
+    return Decision(cull=True).cull
+"""
+
+
 @pytest.fixture
 def arbiter(tmp_path: Path) -> Path:
     return tmp_path / "arbiter.py"
@@ -49,6 +62,7 @@ def test_the_references_documented_example_works(
         ("def f(**given): return sorted(given) == ['inactive', 'inactive_limit', 'server', 'user']", True),
         ("def f(inactive, inactive_limit, extra=7): return inactive.total_seconds() < inactive_limit == 36000", True),
         ("import asyncio\nasync def f(server):\n    await asyncio.sleep(0)\n    return server['name'] == ''", True),
+        (POSTPONED, True),
         ("class F:\n    def __call__(self, server): return True\nf = F()", True),
     ],
 )

@@ -191,6 +191,19 @@ def test_who_is_due_soon_by_its_own_word_is_warned(cull_asking: Cull, scripted: 
     assert result.outcomes == {"ann": "warned", "bob": "warned"}
 
 
+def test_who_explains_a_user_asks_all_servers_of_the_user(cull: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=10, age=9 * HOUR, says=FakeJupyter(ago(LONG_AGO)), user_idle=LONG_AGO)
+    scripted.add("ann", "gpu", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    args = ["--url", scripted.url, "--timeout=1h", "--idle-by=server", "--cull-users", "--explain=ann"]
+    explained = dict(line.split(maxsplit=1) for line in cull(*args, token=scripted.token).out.splitlines())
+    assert explained["asked"] == "yes"
+    assert explained["verdict"].startswith("kept: ann/gpu ")
+    assert {request.target.split("?")[0] for request in asked(scripted) if "kernels" in request.target} == {
+        "/user/ann/api/kernels",
+        "/user/ann/gpu/api/kernels",
+    }
+
+
 @pytest.mark.parametrize("look", ["--dry-run", "--explain=ann"])
 @pytest.mark.parametrize("mode", ["both", "server"])
 def test_who_only_looks_asks_only_where_the_hubs_word_does_not_count(

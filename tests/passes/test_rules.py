@@ -33,7 +33,7 @@ def test_a_rule_is_matches_and_settings(
     text: str, matches: list[str], timeout: timedelta | None, max_age: timedelta | None, keep: bool
 ) -> None:
     rule = parse_rule(text)
-    assert [field for field, _ in rule.matches] == matches
+    assert [match.name for match in rule.matches] == matches
     assert (rule.timeout, rule.max_age, rule.keep) == (timeout, max_age, keep)
 
 

@@ -17,6 +17,7 @@ import pytest
 import requests
 from hub import RealHub, api_path, free_ports, full_name
 from jupyter_client.blocking.client import BlockingKernelClient
+from readme_text import BLOCKS
 from runs import Cull, Result
 
 BIN = Path(sys.executable).parent
@@ -68,28 +69,10 @@ c.JupyterHub.load_roles.append({{"name": "asker", "services": ["culler"], "scope
 """
 
 # What the README says for those who may not ask: the Hub's own word becomes true.
-HONEST = """
-from datetime import datetime, timezone
-from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-
-class BusyIsActive(AsyncMappingKernelManager):
-    # A server with a busy kernel was last active now.
-    @property
-    def last_kernel_activity(self):
-        if any(kernel["execution_state"] == "busy" for kernel in self.list_kernels()):
-            return datetime.now(timezone.utc)
-        return self._last_kernel_activity
-
-    @last_kernel_activity.setter
-    def last_kernel_activity(self, moment):
-        self._last_kernel_activity = moment
-
-c.ServerApp.kernel_manager_class = BusyIsActive
-"""
+(HONEST,) = (block.text for block in BLOCKS if "BusyIsActive" in block.text)
 SHUTS_DOWN_IDLE_KERNELS = """
 c.MappingKernelManager.cull_idle_timeout = 5
 c.MappingKernelManager.cull_interval = 1
-c.MappingKernelManager.cull_connected = True
 """
 
 

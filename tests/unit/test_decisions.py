@@ -11,15 +11,16 @@ from cull_idle import (
     NEVER,
     IdleBy,
     Limit,
+    Measure,
+    OwnActivity,
     Policy,
-    SaidBy,
     Server,
+    Source,
     User,
-    Word,
     is_worth_asking,
     judge_server,
     judge_user,
-    with_word,
+    with_own_activity,
 )
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
@@ -138,28 +139,28 @@ def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(serv
         assert policy.default_servers
         assert not policy.kept_by
         assert verdict.limit is not None
-        measured = verdict.idle if verdict.because == "idle" else verdict.age
+        measured = verdict.idle if verdict.decided_by is Measure.IDLE else verdict.age
         assert measured is not None
         assert measured >= verdict.limit.duration
 
 
 @pytest.mark.parametrize(
-    ("idle_by", "word", "idle", "said_by"),
+    ("idle_by", "own", "idle", "source"),
     [
-        (IdleBy.BOTH, Word(SaidBy.SERVER, HOUR), HOUR, SaidBy.SERVER),
-        (IdleBy.BOTH, Word(SaidBy.SERVER, 2.5 * HOUR), 2 * HOUR, SaidBy.HUB),
-        (IdleBy.SERVER, Word(SaidBy.SERVER, 2.5 * HOUR), 2.5 * HOUR, SaidBy.SERVER),
-        (IdleBy.SERVER, Word(SaidBy.SERVER, 4 * HOUR), 3 * HOUR, SaidBy.SERVER),
-        (IdleBy.KERNELS, Word(SaidBy.KERNEL), 3 * HOUR, SaidBy.KERNEL),
-        (IdleBy.KERNELS, Word(SaidBy.BUSY_KERNEL, timedelta(0)), timedelta(0), SaidBy.BUSY_KERNEL),
-        (IdleBy.SERVER, Word(SaidBy.NO_ANSWER), 2 * HOUR, SaidBy.NO_ANSWER),
+        (IdleBy.BOTH, OwnActivity(Source.SERVER, HOUR), HOUR, Source.SERVER),
+        (IdleBy.BOTH, OwnActivity(Source.SERVER, 2.5 * HOUR), 2 * HOUR, Source.HUB),
+        (IdleBy.SERVER, OwnActivity(Source.SERVER, 2.5 * HOUR), 2.5 * HOUR, Source.SERVER),
+        (IdleBy.SERVER, OwnActivity(Source.SERVER, 4 * HOUR), 3 * HOUR, Source.SERVER),
+        (IdleBy.KERNELS, OwnActivity(Source.KERNEL), 3 * HOUR, Source.KERNEL),
+        (IdleBy.KERNELS, OwnActivity(Source.BUSY_KERNEL, timedelta(0)), timedelta(0), Source.BUSY_KERNEL),
+        (IdleBy.SERVER, OwnActivity(Source.NO_ANSWER), 2 * HOUR, Source.NO_ANSWER),
     ],
 )
-def test_the_servers_word_becomes_its_last_activity(
-    idle_by: IdleBy, word: Word, idle: timedelta, said_by: SaidBy
+def test_what_the_server_says_becomes_its_last_activity(
+    idle_by: IdleBy, own: OwnActivity, idle: timedelta, source: Source
 ) -> None:
-    heard = with_word(server(2 * HOUR, 3 * HOUR), word, idle_by, NOW)
-    assert (heard.last_activity, heard.said_by) == (NOW - idle, said_by)
+    asked = with_own_activity(server(2 * HOUR, 3 * HOUR), own, idle_by, NOW)
+    assert (asked.last_activity, asked.source) == (NOW - idle, source)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_hub import DROP
 
-from cull_idle import Server, User, read_user
+from cull_idle import Server, User, parse_user
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("hub-*.json"))
 
@@ -23,7 +23,7 @@ def answer(recording: Path, request: str) -> Any:
 def users_of(recording: Path) -> dict[str, User]:
     body = answer(recording, "GET /users")
     models = body if isinstance(body, list) else body["items"]
-    return {user.name: user for user in map(read_user, models)}
+    return {user.name: user for user in map(parse_user, models)}
 
 
 def state_of(server: Server) -> tuple[object, ...]:
@@ -61,7 +61,7 @@ def test_each_hub_shows_a_server_in_the_middle_of_stopping_as_pending_or_not_at_
 
 
 def test_a_user_alone_is_described_as_in_the_list(recording: Path) -> None:
-    alone, listed = read_user(answer(recording, "GET /users/ann")), users_of(recording)["ann"]
+    alone, listed = parse_user(answer(recording, "GET /users/ann")), users_of(recording)["ann"]
     assert (alone.name, alone.admin, alone.created) == (listed.name, listed.admin, listed.created)
     assert alone.last_activity == listed.last_activity
     assert list(map(state_of, alone.servers)) == list(map(state_of, listed.servers))
@@ -74,7 +74,7 @@ ANN = {"name": "ann", "admin": False, "created": MOMENT, "last_activity": MOMENT
 
 
 def the_server(**changes: object) -> Server:
-    return read_user({**ANN, "servers": {"": {**SERVER, **changes}}}).servers[0]
+    return parse_user({**ANN, "servers": {"": {**SERVER, **changes}}}).servers[0]
 
 
 def test_a_server_that_was_never_active_is_as_old_as_its_start() -> None:
@@ -82,32 +82,32 @@ def test_a_server_that_was_never_active_is_as_old_as_its_start() -> None:
 
 
 def test_a_user_who_was_never_active_is_as_old_as_its_creation() -> None:
-    assert read_user({**ANN, "last_activity": None, "servers": {}}).last_activity == WHEN
+    assert parse_user({**ANN, "last_activity": None, "servers": {}}).last_activity == WHEN
 
 
 def test_a_server_without_activity_of_its_own_uses_the_users() -> None:  # JupyterHub 0.8
     model = {"name": "ann", "admin": False, "last_activity": MOMENT, "servers": {"gpu": {"name": "gpu", "url": "/x"}}}
-    assert list(map(state_of, read_user(model).servers)) == [("ann/gpu", True, "", None, WHEN, False)]
+    assert list(map(state_of, parse_user(model).servers)) == [("ann/gpu", True, "", None, WHEN, False)]
 
 
 def test_a_pending_user_of_old_makes_a_pending_server() -> None:  # JupyterHub 0.6 and 0.7, spawning
     model = {"name": "ann", "admin": False, "last_activity": MOMENT, "server": None, "pending": "spawn"}
-    assert list(map(state_of, read_user(model).servers)) == [("ann", False, "spawn", None, WHEN, False)]
+    assert list(map(state_of, parse_user(model).servers)) == [("ann", False, "spawn", None, WHEN, False)]
 
 
 def test_a_pending_user_whose_default_server_is_not_listed_has_a_pending_one() -> None:  # JupyterHub 0.8, named servers
     model = {"name": "ann", "admin": False, "last_activity": MOMENT, "server": None, "pending": "spawn", "servers": {}}
-    assert list(map(state_of, read_user(model).servers)) == [("ann", False, "spawn", None, WHEN, False)]
+    assert list(map(state_of, parse_user(model).servers)) == [("ann", False, "spawn", None, WHEN, False)]
 
 
 def test_a_pending_user_with_a_default_server_says_nothing_new_of_it() -> None:  # JupyterHub 0.9 and later
     model = {**ANN, "pending": "stop", "servers": {"": {**SERVER, "pending": "stop"}}}
-    assert list(map(state_of, read_user(model).servers)) == [("ann", True, "stop", WHEN, WHEN, False)]
+    assert list(map(state_of, parse_user(model).servers)) == [("ann", True, "stop", WHEN, WHEN, False)]
 
 
 def test_only_a_server_that_is_called_stopped_is_left_out() -> None:
     servers = {str(value): {**SERVER, "stopped": value} for value in (True, False, None, 1, "true")}
-    assert {server.name for server in read_user({**ANN, "servers": servers}).servers} == set(servers) - {"True"}
+    assert {server.name for server in parse_user({**ANN, "servers": servers}).servers} == set(servers) - {"True"}
 
 
 # In doubt, and nothing of it is known but its name.
@@ -132,13 +132,13 @@ def test_a_server_with_a_field_that_is_missing_or_garbage_is_in_doubt(
     changes: dict[str, object], state: tuple[object, ...]
 ) -> None:
     model = {key: value for key, value in {**SERVER, **changes}.items() if value is not DROP}
-    (server,) = read_user({**ANN, "servers": {"gpu": model}}).servers
+    (server,) = parse_user({**ANN, "servers": {"gpu": model}}).servers
     assert state_of(server) == state
 
 
 @pytest.mark.parametrize("model", [None, 7, "x", []])
 def test_a_server_that_is_not_an_object_is_in_doubt(model: object) -> None:
-    (server,) = read_user({**ANN, "servers": {"gpu": model}}).servers
+    (server,) = parse_user({**ANN, "servers": {"gpu": model}}).servers
     assert state_of(server) == UNKNOWN
 
 
@@ -158,7 +158,7 @@ def test_a_user_with_a_field_that_is_missing_or_garbage_is_in_doubt(
     changes: dict[str, object], created: datetime | None, last_activity: datetime | None
 ) -> None:
     model = {**ANN, "server": "/user/ann/", "servers": {}, **changes}  # JupyterHub 2 shows `server` to read:users
-    user = read_user({key: value for key, value in model.items() if value is not DROP})
+    user = parse_user({key: value for key, value in model.items() if value is not DROP})
     assert user.doubt
     assert (user.created, user.last_activity) == (created, last_activity)
 
@@ -177,20 +177,20 @@ def test_a_user_with_a_field_that_is_missing_or_garbage_is_in_doubt(
 )
 def test_servers_that_are_not_shown_are_one_server_in_doubt(servers: dict[str, object]) -> None:
     model = {key: value for key, value in {**ANN, **servers}.items() if value is not DROP}
-    (server,) = read_user(model).servers
+    (server,) = parse_user(model).servers
     assert state_of(server) == ("ann", False, "", None, None, True)
 
 
 @pytest.mark.parametrize("admin", [DROP, None, 0, "no"])
 def test_a_user_who_may_be_an_admin_counts_as_one(admin: object) -> None:
     model = {key: value for key, value in {**ANN, "servers": {}, "admin": admin}.items() if value is not DROP}
-    assert read_user(model).admin
+    assert parse_user(model).admin
 
 
 @pytest.mark.parametrize("model", [None, 7, "ann", [], {}, {"name": ""}, {"name": 7}])
 def test_a_user_without_a_name_is_refused(model: object) -> None:
     with pytest.raises(ValueError, match="name"):
-        read_user(model)
+        parse_user(model)
 
 
 JSON = st.recursive(
@@ -207,7 +207,7 @@ SERVER_KEYS = ["last_activity", "started", "pending", "ready", "stopped", "url"]
     st.none() | st.dictionaries(st.text(), st.dictionaries(st.sampled_from(SERVER_KEYS), JSON) | JSON),
 )
 def test_any_json_object_with_a_name_is_read(user: dict[str, Any], servers: dict[str, Any] | None) -> None:
-    read = read_user({"name": "ann", **user, **({} if servers is None else {"servers": servers})})
+    read = parse_user({"name": "ann", **user, **({} if servers is None else {"servers": servers})})
     assert read.doubt or read.last_activity
     for server in read.servers:
         assert server.doubt or server.last_activity
