@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import pytest
+from processes import PROGRAM
 from runs import Cull, Result
 from scripted_hub import (
     ALL_SCOPES,
+    LONG_AGO,
     NO_ACCESS,
     PREFIX,
     Answer,
@@ -43,9 +45,6 @@ from scripted_hub import (
     then_do,
 )
 
-LONG_AGO = 7230.0
-HOUR = 3600
-PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 FOREIGN_BODIES = [
     pytest.param(b"404 page not found\n", "text/plain", id="text"),

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import Cull, Result
-from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
-
-HOUR = 3600.0
+from scripted_hub import HOUR, LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
 
 OFF = [
     pytest.param(timedelta(hours=2), id="2h ahead"),

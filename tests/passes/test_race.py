@@ -9,9 +9,7 @@ import pytest
 from hub import RealHub
 from processes import Running, Start
 from runs import Cull
-from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, then_do
-
-HOUR = 3600
+from scripted_hub import HOUR, LONG_AGO, Answer, Exchange, ScriptedHub, then_do
 
 
 class Deletes:

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 from hub import RealHub
 from runs import Cull
-from scripted_hub import DROP, LONG_AGO, ScriptedHub, respond, then_do
+from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub, respond, then_do
 
 from cull_idle import NEVER, parse_rule
-
-HOUR = 3600
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,10 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
-from typing import Any
 
 import pytest
-from hub import RealHub
+from hub import IDLE, RealHub
 from runs import Cull, Result
-
-IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 
 
 @pytest.fixture(scope="module")
