@@ -91,7 +91,7 @@ OLDEST_PACKAGES = Environment(
     "3.11",
     (*ALL_TESTS, *(package.replace(">=", "==") for package in PACKAGES), "urllib3==1.26.*"),
 )
-PYTHONS = [Environment(f"python-{version}", version, ALL_TESTS) for version in ("3.11", "3.12", "3.13")]
+PYTHONS = [Environment(f"python-{version}", version, ALL_TESTS) for version in ("3.11", "3.12", "3.13", "3.14")]
 PYTHONS.append(OLDEST_PACKAGES)
 
 

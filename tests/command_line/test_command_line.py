@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub
 from settings import SettingsOf
 
@@ -168,6 +168,17 @@ def test_every_option_is_an_environment_variable(settings_of: SettingsOf) -> Non
     default = settings_of()
     changed = settings_of(env={f"CULL_IDLE_{name}": value for name, value in values.items()})
     assert {name.upper() for name, value in vars(default).items() if vars(changed)[name] != value} == set(values)
+
+
+def test_a_mistyped_variable_is_a_warning_that_names_the_right_one(cull: Cull, settings_of: SettingsOf) -> None:
+    (line,) = cull("--timeout=1h", env={"CULL_IDLE_TIEMOUT": "2h"}).warnings
+    assert "CULL_IDLE_TIEMOUT" in line
+    assert "$CULL_IDLE_TIMEOUT" in line
+
+
+def test_other_variables_are_no_warning(cull: Cull, settings_of: SettingsOf) -> None:
+    notice = {"CULL_IDLE_EVENT": "culled"}  # what a command of --notify gets
+    assert cull("--timeout=1h", env={"CULL_IDLE_MAX_AGE": "1d", "IDLE": "1", **notice}).err == ""
 
 
 @pytest.mark.parametrize("timeout", ["1s", "5m", "5m29s"])

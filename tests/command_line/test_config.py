@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import ScriptedHub
 from settings import SettingsOf
 
@@ -49,10 +49,17 @@ def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_
     assert on_command_line.rule == in_file.rule
 
 
+def test_one_rule_needs_no_list(settings_of: SettingsOf, config: Path) -> None:
+    config.write_text('rule = "user=a keep"\n')
+    (rule,) = settings_of(f"--config={config}").rule
+    assert rule.keep
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("timeot = 1", ["'timeot'"]),
+        ("timeot = 1", ["'timeot'", "timeout"]),
+        ("cull_user = true", ["'cull_user'", "cull-users"]),
         ("config = 'x'", ["'config'"]),
         ("[timeout]\nx = 1", ["timeout"]),
         ("timeout = [1, 2]", ["timeout"]),
@@ -61,6 +68,7 @@ def test_rules_come_as_a_list_or_in_a_variable_separated_by_semicolons(settings_
         ("concurrency = 0", ["concurrency", "0"]),
         ("rule = ['user=x']", ["rule", "user=x"]),
         ("timeout = ", ["TOML"]),
+        ("timeout = 1h", ["quotes", '"1h"']),
         ("c.IdleCuller.timeout = foo()", ["TOML"]),
         (None, ["No such file or directory"]),
         (b"\xff\xfe", ["TOML"]),

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
+from runs import Cull, Result
 from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub
 from terminal import in_terminal
 

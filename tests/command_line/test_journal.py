@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import TIMESTAMP, Cull
 from processes import PROGRAM
+from runs import TIMESTAMP, Cull
 from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
 import cull_idle
@@ -124,3 +124,9 @@ def test_only_the_stream_that_systemd_names_is_the_journal(scripted: ScriptedHub
         assert total.startswith("<6>pass: ")
     else:
         assert TIMESTAMP.match(culled)
+
+
+def test_under_a_hub_a_line_says_whose_it_is(scripted: ScriptedHub, cull_scripted: Cull) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    result = cull_scripted("--timeout=1h", env={"JUPYTERHUB_SERVICE_NAME": "idle-stopper"})
+    assert [re.match(r"INFO +cull_idle: (culled ann|pass): ", line) is not None for line in result.lines] == [True] * 2

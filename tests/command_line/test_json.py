@@ -17,10 +17,10 @@ from typing import IO, Any, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import pytest
-from conftest import TIMESTAMP, Cull, Result
-from hub import RealHub
+from hub import IDLE, IDLE_USER, RealHub
 from processes import PROGRAM
 from readme_text import rows
+from runs import TIMESTAMP, Cull, Result
 from scripted_hub import (
     HOUR,
     LONG_AGO,
@@ -38,9 +38,6 @@ from scripted_hub import (
 )
 
 import cull_idle
-
-IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
-IDLE_USER = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
 
 # The schemas: what the README's section "For programs" says
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import Result
 from hub import RealHub
 from processes import PROGRAM, Running, Start
+from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, then_do
 
 LOOP = ("--timeout=1h", "--cull-every=1s")

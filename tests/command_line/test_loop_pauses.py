@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Cull, Loop, RunLoop
+from runs import Cull, Loop, RunLoop
 from scripted_hub import ScriptedHub, normal, respond, slow
 
 

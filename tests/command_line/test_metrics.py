@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Cull, Result
 from hub import RealHub
 from processes import Start
 from prometheus_client.parser import text_string_to_metric_families
 from readme_text import README, rows, section
+from runs import Cull, Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, respond, respond_json, then_do
 
 import cull_idle

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from processes import Start
 from readme_text import BLOCKS
+from runs import Cull, Result, RunLoop
 from scripted_hub import LONG_AGO, NEARLY_DUE, ScriptedHub, edited, respond, then_do
 
 import cull_idle
@@ -543,8 +543,7 @@ def test_after_a_signal_running_commands_finish_and_no_other_starts(
         scripted.add(f"user{number}", idle=LONG_AGO)
     culler = start(scripted, "--timeout=1h", *once, "--notify", held.command)
     culler.wait_for(lambda: len(Result(0, "", culler.said()).outcomes) == 9 and held.count("begun") == 4)
-    culler.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    culler.tell_to_stop()
     assert culler.process.poll() is None
     held.let_go()
     assert culler.process.wait(15) == exit_code

@@ -8,10 +8,10 @@ from datetime import timedelta
 import click
 import pytest
 import wcwidth
-from conftest import Cull
 from hub import RealHub
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import Cull
 from scripted_hub import HOUR, ScriptedHub
 from terminal import in_pipe, in_terminal
 
@@ -170,6 +170,13 @@ def test_no_color_turns_colours_off(scripted: ScriptedHub) -> None:
     for env in ({"NO_COLOR": "1"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}):
         assert b"\x1b" not in in_terminal(scripted, 80, *args, env=env).written
     assert b"\x1b[31mstopped\x1b[0m: idle" in in_terminal(scripted, 80, *args, env={"NO_COLOR": ""}).written
+
+
+def test_a_dumb_terminal_gets_no_colours(scripted: ScriptedHub) -> None:
+    args = one_idle(scripted)
+    written = in_terminal(scripted, 80, *args, env={"TERM": "dumb"}).written
+    assert b"stopped: idle" in written
+    assert b"\x1b" not in written
 
 
 def test_force_color_turns_colours_on(scripted: ScriptedHub) -> None:

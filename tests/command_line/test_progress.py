@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import Result
 from hub import RealHub
+from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
 from terminal import Session, in_pipe, in_terminal
 

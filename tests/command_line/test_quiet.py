@@ -7,8 +7,8 @@ from collections.abc import Callable
 from itertools import count
 
 import pytest
-from conftest import Cull, RunLoop
 from hub import RealHub
+from runs import Cull, RunLoop
 from scripted_hub import (
     LONG_AGO,
     Answer,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
-from conftest import TIMESTAMP, Cull
 from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, rows, section
+from runs import TIMESTAMP, Cull
 from scripted_hub import ScriptedHub
 from settings import settings_from
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import Cull, Result
 from processes import PROGRAM, Running, Start
+from runs import Cull, Result
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
+from terminal import read_some
 
 IN_FLIGHT = 0.5  # seconds that a slow request takes after the signal
 SOON = 2.0  # seconds for everything else that a process does before it ends
@@ -178,6 +179,27 @@ def test_a_ctrl_c_while_an_arbiter_is_loaded_ends_it(scripted: ScriptedHub, star
     assert culler.process.returncode == 1
     assert len(culler.said().strip().splitlines()) == 1
     assert scripted.requests == []
+
+
+def test_a_ctrl_c_in_a_terminal_says_at_once_that_a_second_one_quits(scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, stop_seconds=9)
+    terminal, its_end = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "--once", "--url", scripted.url, "--timeout=1h"],
+        env={**os.environ, "JUPYTERHUB_API_TOKEN": scripted.token},
+        stderr=its_end,
+    ) as process:
+        os.close(its_end)
+        deadline = time.monotonic() + 20
+        while scripted.in_flight != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert b"Ctrl-C again" in read_some(terminal)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    os.close(terminal)
+    assert process.returncode == -signal.SIGINT
 
 
 # As PID 1, which the kernel spares from each signal that it does not handle: a container without an init

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,9 +37,23 @@ class Running:
             assert self.process.poll() is None, self.said()
             time.sleep(0.02)
 
+    def tell_to_stop(self) -> None:
+        """Send a SIGTERM, and wait until the program has taken it: a second one would end it at once."""
+        self.process.send_signal(signal.SIGTERM)
+        status = Path(f"/proc/{self.process.pid}/status")
+        if status.exists():
+            self.wait_for(lambda: not catches(status.read_text(), signal.SIGTERM))
+        time.sleep(0.1)
+
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         return self.process.wait(15)
+
+
+def catches(status: str, number: signal.Signals) -> bool:
+    """True if a process of this /proc/PID/status has a handler for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 Start = Callable[..., Running]

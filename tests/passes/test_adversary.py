@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import pytest
-from conftest import Cull, Result
+from processes import PROGRAM
+from runs import Cull, Result
 from scripted_hub import (
     ALL_SCOPES,
+    LONG_AGO,
     NO_ACCESS,
     PREFIX,
     Answer,
@@ -43,9 +45,6 @@ from scripted_hub import (
     then_do,
 )
 
-LONG_AGO = 7230.0
-HOUR = 3600
-PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 FOREIGN_BODIES = [
     pytest.param(b"404 page not found\n", "text/plain", id="text"),
@@ -152,7 +151,7 @@ def test_no_active_server_is_stopped_while_a_large_answer_to_the_probe_is_read(
 def test_a_probe_whose_answer_cannot_be_read_is_no_proof(cull: Cull, decoded: DecodedHub) -> None:
     decoded.add("ann", idle=60, user_options={"deep": "DEEP"})
     decoded.add("zoe", idle=LONG_AGO)
-    decoded.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(100_000)), times=None)
+    decoded.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
     active = add_pairs(decoded, 5)
     result = cull("--once", "--timeout=1h", "--url", decoded.url, token=decoded.token)
     assert active <= decoded.running()
@@ -398,22 +397,35 @@ def add_due(scripted: ScriptedHub, count: int, odd: dict[int, Any] | None = None
 
 
 def deep(depth: int) -> bytes:
-    """Nested so deep that json.loads refuses it; from which depth on depends on the Python."""
+    """Nested so deep that json.loads may refuse it: from 1,000 on with Python 3.11, from some 60,000 on with 3.14."""
     return b"[" * depth + b"]" * depth
 
 
+TOO_DEEP = 100_000  # for every Python
+
+
+def is_refused(text: bytes) -> bool:
+    """True if this Python's json.loads refuses it."""
+    try:
+        json.loads(text)
+    except RecursionError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=["servers", "users too"])
-@pytest.mark.parametrize("depth", [1_000, 5_000, 100_000])
-def test_only_the_user_with_deep_options_is_left_out(
+@pytest.mark.parametrize("depth", [1_000, 5_000, TOO_DEEP])
+def test_only_a_user_with_options_that_are_too_deep_is_left_out(
     cull_scripted: Cull, scripted: ScriptedHub, depth: int, flags: list[str]
 ) -> None:
     names = add_due(scripted, 250, {77: "DEEP"})
     scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(depth)), times=None)
     result = cull_scripted("--timeout=1h", *flags)
-    assert scripted.running() == {names[77]}
-    assert set(scripted.users) == (set(names) if not flags else {names[77]})
+    left_out = {names[77]} if is_refused(deep(depth)) else set()
+    assert scripted.running() == left_out
+    assert set(scripted.users) == (set(names) if not flags else left_out)
     assert result.exit_code == 0
-    assert [line for line in result.lines if line.startswith("WARNING")]
+    assert len(result.warnings) == len(left_out)
     assert len(lists(scripted)) <= 2 + 40  # far fewer than the 200 users of a page
 
 
@@ -422,7 +434,7 @@ def test_users_with_deep_options_are_found_wherever_they_are(
     cull_scripted: Cull, scripted: ScriptedHub, odd: tuple[int, ...]
 ) -> None:
     names = add_due(scripted, 250, dict.fromkeys(odd, "DEEP"))
-    scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(20_000)), times=None)
+    scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
     result = cull_scripted("--timeout=1h")
     assert scripted.running() == {names[number] for number in odd}
     assert result.exit_code == 0
@@ -434,7 +446,7 @@ def test_a_hub_without_pages_and_with_deep_options_is_not_asked_for_ever(
 ) -> None:
     add_due(scripted, 20, {7: "DEEP"})
     plain = edited(lambda body: body["items"])
-    of_old = swapped(b'"DEEP"', deep(20_000), of=plain)
+    of_old = swapped(b'"DEEP"', deep(TOO_DEEP), of=plain)
     scripted.fault("GET", "/users", lambda exchange: of_old(whole_list(exchange)), times=500)
     result = cull_scripted("--timeout=1h")
     assert len(lists(scripted)) < 20

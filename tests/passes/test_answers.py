@@ -7,7 +7,7 @@ from datetime import timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import (
     LONG_AGO,
     Reply,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub
 
 # The example of jupyterhub-idle-culler's documentation, unchanged.

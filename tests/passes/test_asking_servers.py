@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cull, Result
 from hub import free_ports
+from runs import Cull, Result
 from scripted_hub import (
     ALL_SCOPES,
+    HOUR,
+    LONG_AGO,
     FakeJupyter,
     Reply,
     Request,
@@ -38,8 +40,6 @@ from scripted_hub import (
     truncated,
 )
 
-HOUR = 3600.0
-LONG_AGO = 2 * HOUR + 30
 CODES = [503, 502, 504, 500, 429, 404, 401, 403, 424]
 BUSY = {"id": "1", "execution_state": "busy", "last_activity": "2026-01-01T00:00:00Z"}
 

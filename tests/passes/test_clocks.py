@@ -7,12 +7,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Cull, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
-
-HOUR = 3600.0
+from runs import Cull, Result
+from scripted_hub import HOUR, LONG_AGO, Answer, Exchange, Reply, ScriptedHub, normal, then_do
 
 OFF = [
     pytest.param(timedelta(hours=2), id="2h ahead"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import DROP, LONG_AGO, ScriptedHub, edited
 
 GARBAGE: list[Any] = [5, "", "yesterday", "2026-13-45T99:99:99Z", "2026-11-22", [], {}]

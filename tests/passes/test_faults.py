@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import (
     LONG_AGO,
     Answer,

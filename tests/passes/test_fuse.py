@@ -1,7 +1,7 @@
 """The fuse: a pass that would cull too much culls nothing."""
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub, normal, respond
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from urllib.parse import quote, unquote
 
 import pytest
-from conftest import Cull
 from hub import RealHub, full_name
+from runs import Cull
 from scripted_hub import (
     LONG_AGO,
     PREFIX,

@@ -6,12 +6,10 @@ import re
 import threading
 
 import pytest
-from conftest import Cull
 from hub import RealHub
 from processes import Running, Start
-from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, then_do
-
-HOUR = 3600
+from runs import Cull
+from scripted_hub import HOUR, LONG_AGO, Answer, Exchange, ScriptedHub, then_do
 
 
 class Deletes:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Cull, RunLoop
+from runs import Cull, RunLoop
 from scripted_hub import LONG_AGO, Answer, Exchange, ScriptedHub, normal, raw, redirect, reset, respond
 
 import cull_idle

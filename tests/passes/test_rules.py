@@ -6,13 +6,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import Cull
 from hub import RealHub
-from scripted_hub import DROP, LONG_AGO, ScriptedHub, respond, then_do
+from runs import Cull
+from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub, respond, then_do
 
 from cull_idle import NEVER, parse_rule
-
-HOUR = 3600
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import DROP, LONG_AGO, Reply, ScriptedHub, drip, edited, html, reset, respond, respond_json, truncated
 
 

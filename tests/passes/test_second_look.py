@@ -8,7 +8,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import (
     FROM_CLOCK,
     LONG_AGO,

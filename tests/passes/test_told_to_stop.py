@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import Cull
+from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub, and_do, reset, then_do
 
 

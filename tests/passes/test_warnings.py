@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Cull, Result, RunLoop
 from hub import RealHub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_hub import ALL_SCOPES, LONG_AGO, FakeJupyter, ScriptedHub, normal, respond, respond_json, user_model
+from runs import Cull, Result, RunLoop
+from scripted_hub import (
+    ALL_SCOPES,
+    HOUR,
+    LONG_AGO,
+    NEARLY_DUE,
+    FakeJupyter,
+    ScriptedHub,
+    normal,
+    respond,
+    respond_json,
+    user_model,
+)
 
 NOW = datetime(2026, 11, 22, 20, tzinfo=UTC)
-SECOND, MINUTE, HOUR = 1, 60, 3600
-NEARLY = 50 * 60.0 + 30  # seconds; half a minute over, as in the tests of the real Hub
+SECOND, MINUTE = 1, 60
 ARGS = ("--timeout=1h", "--warn-before=15m")
 
 # Which server is due soon, by a clock that stands still
@@ -167,7 +177,7 @@ def test_a_server_is_due_at_the_moment_that_is_said_and_not_before(
 def test_a_server_that_is_due_soon_is_warned_and_one_that_is_due_is_culled(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn_many(
         [
-            ("ann", "gpu", {"idle_seconds": NEARLY}),
+            ("ann", "gpu", {"idle_seconds": NEARLY_DUE}),
             ("bob", "", {"idle_seconds": 60}),
             ("cat", "", {"idle_seconds": 7290}),
         ]
@@ -183,7 +193,7 @@ def test_a_server_that_is_due_soon_is_warned_and_one_that_is_due_is_culled(hub: 
 
 
 def test_json_says_when_a_server_is_due(hub: RealHub, cull_real: Cull) -> None:
-    hub.spawn("ann", "gpu", idle_seconds=NEARLY)
+    hub.spawn("ann", "gpu", idle_seconds=NEARLY_DUE)
     result = cull_real(*ARGS, "--json", "-q")
     warned, summary = map(json.loads, result.out.splitlines())
     assert {key: warned[key] for key in ("event", "user", "server", "action", "outcome", "error")} == {
@@ -198,13 +208,13 @@ def test_json_says_when_a_server_is_due(hub: RealHub, cull_real: Cull) -> None:
 
 
 def test_each_run_of_once_warns_again(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("ann", idle=NEARLY_DUE)
     for _ in range(2):
         assert cull_scripted(*ARGS).outcomes == {"ann": "warned"}
 
 
 def test_a_dry_run_shows_the_warning_in_its_table(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("ann", idle=NEARLY_DUE)
     scripted.add("bob", idle=60)
     for more in ([], ["-v"]):
         table = cull_scripted("--dry-run", *ARGS, *more).table
@@ -216,13 +226,13 @@ def test_a_dry_run_shows_the_warning_in_its_table(cull_scripted: Cull, scripted:
 
 def test_a_rule_decides_who_is_warned(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     for name in ("ann", "bob", "kept"):
-        scripted.add(name, idle=NEARLY)
+        scripted.add(name, idle=NEARLY_DUE)
     result = cull_scripted(*ARGS, "--rule=user=bob timeout=2h", "--rule=user=kept keep")
     assert result.outcomes == {"ann": "warned"}
 
 
 def test_a_server_on_two_pages_is_warned_once(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("ann", idle=NEARLY_DUE)
     page = scripted.users["ann"], scripted.scopes
 
     def body(following: object) -> dict[str, object]:
@@ -235,7 +245,7 @@ def test_a_server_on_two_pages_is_warned_once(cull_scripted: Cull, scripted: Scr
 
 
 def test_a_fuse_that_blows_does_not_suppress_warnings(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=NEARLY)
+    scripted.add("ann", idle=NEARLY_DUE)
     scripted.add("bob", idle=LONG_AGO)
     result = cull_scripted(*ARGS, "--max-culls=0")
     assert result.exit_code == 1
@@ -272,14 +282,14 @@ def warned(result: Result) -> list[str]:
 @pytest.fixture
 def nearly(scripted: ScriptedHub) -> ScriptedHub:
     """The scripted Hub, whose servers ann and bob will be due soon, a user on each page."""
-    scripted.add("ann", idle=NEARLY)
-    scripted.add("bob", idle=NEARLY)
+    scripted.add("ann", idle=NEARLY_DUE)
+    scripted.add("bob", idle=NEARLY_DUE)
     scripted.page_max = 1
     return scripted
 
 
 def test_a_server_is_warned_once_until_it_was_active_and_is_idle_again(hub: RealHub, loop: RunLoop) -> None:
-    hub.spawn_many([("ann", "", {"idle_seconds": NEARLY}), ("ann", "gpu", {"idle_seconds": NEARLY})])
+    hub.spawn_many([("ann", "", {"idle_seconds": NEARLY_DUE}), ("ann", "gpu", {"idle_seconds": NEARLY_DUE})])
     passes = loop(
         hub,
         *ARGS,
@@ -287,7 +297,7 @@ def test_a_server_is_warned_once_until_it_was_active_and_is_idle_again(hub: Real
             nothing,
             nothing,
             lambda: hub.touch("ann", "gpu"),
-            lambda: hub.touch("ann", "gpu", idle_seconds=NEARLY - 60),
+            lambda: hub.touch("ann", "gpu", idle_seconds=NEARLY_DUE - 60),
             nothing,
         ],
     ).passes
@@ -302,8 +312,8 @@ def test_what_a_server_says_a_few_seconds_off_causes_no_second_warning(loop: Run
     def idle_for(seconds: float) -> Callable[[], None]:
         return lambda: setattr(says, "last_activity", datetime.now(UTC) - timedelta(seconds=seconds))
 
-    idle_for(NEARLY)()
-    between = [idle_for(NEARLY - 9), idle_for(NEARLY + 9), idle_for(NEARLY - 120)]
+    idle_for(NEARLY_DUE)()
+    between = [idle_for(NEARLY_DUE - 9), idle_for(NEARLY_DUE + 9), idle_for(NEARLY_DUE - 120)]
     passes = loop(scripted, *ARGS, "--idle-by=server", between=between).passes
     assert [warned(each) for each in passes] == [["ann"], [], [], ["ann"]]
 
@@ -360,7 +370,7 @@ def test_a_pass_that_does_not_see_a_server_causes_no_second_warning(
     passes = loop(
         nearly,
         *ARGS,
-        between=[lambda: trouble(nearly), nearly.resume, lambda: nearly.add("ann", idle=NEARLY + 60)],
+        between=[lambda: trouble(nearly), nearly.resume, lambda: nearly.add("ann", idle=NEARLY_DUE + 60)],
     ).passes
     assert [warned(each) for each in passes] == [["ann", "bob"], [], [], ["ann"]]
 
@@ -381,8 +391,8 @@ def test_a_server_that_is_idle_again_after_its_time_was_over_is_warned_again(
 
 
 def test_servers_whose_names_look_alike_are_both_warned(loop: RunLoop, nearly: ScriptedHub) -> None:
-    nearly.add("eve", "a\n", idle=NEARLY)
-    nearly.add("eve", r"a\n", idle=NEARLY + 60)
+    nearly.add("eve", "a\n", idle=NEARLY_DUE)
+    nearly.add("eve", r"a\n", idle=NEARLY_DUE + 60)
     first, second = loop(nearly, *ARGS, between=[nothing]).passes
     assert first.err.count(r"warned eve/a\n:") == 2
     assert first.counts["warned"] == 4

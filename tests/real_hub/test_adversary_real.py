@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from conftest import Cull, Result
-from hub import RealHub
+from hub import HOUR, IDLE, RealHub
+from runs import Cull, Result
 
-HOUR = 3600
-IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 TOKENS = {"of-servers": "filtered-token-of-servers", "of-users": "filtered-token-of-users"}
 SEE = ["list:users", "read:users:activity", "read:servers"]
 ROLES = [

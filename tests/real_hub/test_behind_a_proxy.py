@@ -15,12 +15,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import requests
-from conftest import Cull, Result
-from hub import RealHub
+from hub import IDLE, IDLE_USER, RealHub
+from runs import Cull, Result
 
-IDLE: dict[str, Any] = {"idle_seconds": 2 * 3600 + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 60}
-IDLE_USER = {**IDLE, "user_idle_seconds": 2 * 3600 + 90}
 # How a proxy passes a path on, once its own prefix is cut off.
 Rewrite = Callable[[str], str]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import requests
-from hub import RealHub
+from hub import IDLE, IDLE_USER, RealHub
 from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, section
 from settings import settings_from
 
@@ -29,7 +29,6 @@ import cull_idle
 CONFIG = ROOT / "tests/helpers/hub/jupyterhub_config.py"
 SCRIPT = Path(cull_idle.__file__)
 COMMAND = "/opt/cull-idle/bin/cull-idle"
-IDLE = 2 * 3600 + 90
 
 yaml = import_module("yaml")  # they have no types
 kubernetes_validate = import_module("kubernetes_validate")
@@ -113,18 +112,18 @@ def machine(tmp_path: Path) -> Machine:
 @pytest.fixture(scope="module")
 def hub_with_an_admin() -> Iterator[RealHub]:
     with RealHub(extra_config='c.Authenticator.admin_users = {"admin"}\n') as hub:
-        hub.spawn("idle", idle_seconds=IDLE)
+        hub.spawn("idle", **IDLE)
         hub.spawn("admin", idle_seconds=60)
         yield hub
 
 
-def first_look(machine: Machine, hub: RealHub) -> subprocess.CompletedProcess[str]:
-    """The README's first dry run."""
+def assert_first_look(machine: Machine, hub: RealHub) -> None:
+    """The README's first dry run shows what is idle."""
     (command,) = (text for text in shown("sh", "A first look") if "--dry-run" in text)
     result = machine.run(f"{command.strip()} --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin")
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^idle +2h0\dm ", result.stdout, re.MULTILINE)
     assert hub.running() == {"idle", "admin"}
-    return result
 
 
 def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, hub_with_an_admin: RealHub) -> None:
@@ -137,7 +136,7 @@ def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, 
     (command,) = re.findall(r"`(\(umask 077 && cat .*?)`", prose("A first look"))
     assert machine.run(command, stdin=f"{token}\n").returncode == 0
     assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
-    assert "idle    2h01m" in first_look(machine, hub).stdout
+    assert_first_look(machine, hub)
     refused = machine.run(
         f"cull-idle --once --timeout 1h --token-file hub-token --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin"
     )
@@ -177,7 +176,7 @@ def test_a_token_made_on_the_hubs_machine_is_enough_for_a_first_look(
 ) -> None:
     assert hub_token(machine, hub_with_an_admin)
     assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
-    assert "idle    2h01m" in first_look(machine, hub_with_an_admin).stdout
+    assert_first_look(machine, hub_with_an_admin)
 
 
 # A service that the Hub manages
@@ -230,7 +229,7 @@ class Managed:
         culled = "culled idle: idle 2h01m, limit 1h"
         before = self.hub.log().count(culled)
         self.hub.spawn("busy", idle_seconds=60)
-        self.hub.spawn("idle", wait=False, idle_seconds=IDLE)
+        self.hub.spawn("idle", wait=False, **IDLE)
         wait_until(lambda: self.hub.log().count(culled) > before, self.hub)
         assert self.hub.running() == {"busy"}
         self.hub.clear()
@@ -253,6 +252,7 @@ def managed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_the_hub_starts_it_and_it_culls(managed: Managed) -> None:
     managed.assert_culls()
     assert len(managed.machine.alive()) == 1
+    assert re.search(r"\bcull.idle: culled idle:", managed.hub.log())  # among the Hub's own lines
 
 
 @pytest.mark.parametrize("managed", [False], ids=["http"], indirect=True)
@@ -337,14 +337,14 @@ def test_a_token_of_its_own_culls(machine: Machine) -> None:
     make_token(machine)
     command = cron_command().replace(" -q", "")
     with RealHub(extra_config=own_token_snippet(machine)) as hub:
-        hub.spawn("idle", idle_seconds=IDLE)
+        hub.spawn("idle", **IDLE)
         result = machine.run(f"{machine.under(command)} --url {hub.url}", PATH="/usr/bin:/bin")
         assert (result.returncode, hub.running()) == (0, set()), result.stderr
 
 
 def test_a_token_from_a_pipe_culls(machine: Machine, hub: RealHub) -> None:
     command = "cull-idle --once --timeout 1h --token-file <(pass show hub)"
-    hub.spawn("idle", idle_seconds=IDLE)
+    hub.spawn("idle", **IDLE)
     (machine.bin / "pass").write_text(f"#!/bin/sh\necho {hub.culler_token}\n")
     (machine.bin / "pass").chmod(0o755)
     line = shlex.join(["bash", "-c", f"{command} --url {hub.url}"])
@@ -360,13 +360,13 @@ def test_the_role_that_is_printed_below_the_readmes_snippet_starts_a_hub_and_cul
     snippet = own_token_snippet(machine)
     words = ["cull-idle", "--once", "--timeout=1h", "--token-file", str(machine.token), *args]
     with RealHub(extra_config=snippet) as hub:
-        hub.spawn("idle", idle_seconds=IDLE, user_idle_seconds=IDLE)
+        hub.spawn("idle", **IDLE_USER)
         result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
         assert result.returncode == cull_idle.Exit.NO_HUB
         assert hub.running() == {"idle"}
     (line,) = re.findall(r"c\.JupyterHub\.load_roles\.append\(.*\)", result.stderr)
     with RealHub(extra_config=f"{snippet}\n{line}\n") as hub:
-        hub.spawn("idle", idle_seconds=IDLE, user_idle_seconds=IDLE)
+        hub.spawn("idle", **IDLE_USER)
         result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
         assert (result.returncode, hub.running()) == (0, set()), result.stderr
 
@@ -392,7 +392,7 @@ def cron_command() -> str:
 
 
 def test_the_cron_line_culls_and_says_nothing(machine: Machine, hub: RealHub) -> None:
-    hub.spawn("idle", idle_seconds=IDLE)
+    hub.spawn("idle", **IDLE)
     hub.spawn("busy", idle_seconds=60)
     machine.token.write_text(f"{hub.culler_token}\n")
     result = machine.run(f"{machine.under(cron_command())} --url {hub.url}", **CRONTAB)
@@ -516,7 +516,7 @@ def test_a_service_is_handed_what_its_command_reads(name: str, machine: Machine)
 
 
 def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
-    hub.spawn("idle", idle_seconds=IDLE)
+    hub.spawn("idle", **IDLE)
     machine.token.write_text(hub.culler_token)
     command = machine.under(shlex.join(words_of("cull-idle.service", "/etc/cull-idle")))
     result = machine.run(f"{command} --url {hub.url}", PATH="/usr/bin:/bin")
@@ -553,7 +553,7 @@ def test_a_pod_may_do_nothing_but_ask_the_hub() -> None:
 
 
 def test_a_pod_culls_with_the_token_it_is_handed(machine: Machine, hub: RealHub) -> None:
-    hub.spawn("idle", idle_seconds=IDLE)
+    hub.spawn("idle", **IDLE)
     (container,) = pod()["containers"]
     (mount,) = container["volumeMounts"]
     (volume,) = pod()["volumes"]
@@ -626,7 +626,7 @@ def assert_the_chart_culls(command: list[str]) -> None:
     hub._environment["REAL_HUB_EXTRA_CONFIG"] += chart_config(hub, command)
     with hub:
         hub.spawn("busy", idle_seconds=60)
-        hub.spawn("idle", wait=False, idle_seconds=IDLE)
+        hub.spawn("idle", wait=False, **IDLE)
         wait_until(lambda: "culled idle: idle 2h01m, limit 1h" in hub.log(), hub)
         assert hub.running() == {"busy"}
 

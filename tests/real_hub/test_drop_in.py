@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import Cull
 from hub import RealHub, full_name
 from reference import REFERENCE_ONCE
+from runs import Cull
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 USER_ACTIVE = {"user_idle_seconds": MINUTE, "user_age_seconds": 3 * HOUR}

@@ -10,15 +10,11 @@ import time
 from typing import Any
 
 import pytest
-from conftest import Cull
-from hub import RealHub, full_name, servers_of
+from hub import HOUR, IDLE, IDLE_USER, RealHub, full_name, servers_of
+from runs import Cull
 
-HOUR = 3600
-# Half a minute over: times are written in whole minutes, and a test may take some seconds.
-IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 BUSY: dict[str, Any] = {"idle_seconds": 90, "age_seconds": 20 * HOUR + 90}
 OWN_TIMES = "a server's own times"
-IDLE_USER = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
 
 
 @pytest.mark.behaviour("idle stopped, busy kept")
@@ -306,7 +302,11 @@ def test_all_pages_are_read(hub: RealHub, cull_real: Cull) -> None:
         (["read:servers", "delete:servers"], [], {"list:users"}),
         (["list:users", "delete:servers"], [], {"read:servers"}),
         (["read:users:name"], [], {"list:users", "read:servers", "delete:servers"}),
-        (["list:users", "read:servers", "delete:servers"], ["--cull-users"], {"admin:users"}),
+        (
+            ["list:users", "read:servers", "delete:servers"],
+            ["--cull-users"],
+            {"admin:users", "read:users:activity"},
+        ),
     ],
 )
 def test_a_missing_scope_is_named_with_the_role_that_grants_it(
@@ -329,8 +329,18 @@ def test_a_missing_scope_is_named_with_the_role_that_grants_it(
 
 @pytest.mark.behaviour("scopes")
 @pytest.mark.needs("scopes")
-def test_a_dry_run_needs_no_scope_to_stop_anything(hub: RealHub, cull_real: Cull) -> None:
-    assert cull_real("--dry-run", token=hub.token_with("list:users", "read:servers")).exit_code == 0
+def test_a_dry_run_needs_no_scope_to_stop_anything_but_names_what_a_pass_lacks(hub: RealHub, cull_real: Cull) -> None:
+    hub.spawn("ann", **IDLE)
+    reading = ["list:users", "read:users:activity", "read:servers"]
+    for scopes, missing in [
+        (reading, {"delete:servers", "admin:users"}),
+        ([*reading, "delete:servers"], {"admin:users"}),
+        ([*reading, "delete:servers", "admin:users"], set()),
+    ]:
+        result = cull_real("--dry-run", "--timeout=1h", "--cull-users", token=hub.token_with(*scopes))
+        assert (result.exit_code, result.err) == (0, "")
+        assert "1 of 1 running" in result.out
+        assert set(re.findall(r"(?:delete|admin):\w+", result.out)) == missing
 
 
 @pytest.mark.behaviour("scopes")
@@ -392,10 +402,20 @@ class OtherBecomesActive:
 
 
 @pytest.mark.behaviour("messages")
+def test_https_is_given_up_soon_and_http_is_suggested(hub: RealHub, cull_real: Cull) -> None:
+    """Such a Hub answers nothing to the first message of TLS."""
+    began = time.monotonic()
+    result = cull_real("--url", hub.url.replace("http:", "https:"))
+    assert time.monotonic() - began < 30  # not the minute of --request-timeout, several times
+    assert result.exit_code == 3
+    (line,) = result.lines
+    assert f"--url {hub.url}" in line
+
+
+@pytest.mark.behaviour("messages")
 @pytest.mark.parametrize("path", ["", "/hub"])
 def test_a_url_without_the_api_gets_a_sentence(hub: RealHub, cull_real: Cull, path: str) -> None:
     result = cull_real("--url", hub.url.removesuffix("/hub/api") + path)
     assert result.exit_code == 3
     (line,) = result.lines
-    assert "--url" in line
-    assert "/hub/api" in line
+    assert f"--url {hub.url}" in line

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Cull, Result
 from hub import RealHub, api_path, free_ports, full_name
 from jupyter_client.blocking.client import BlockingKernelClient
 from readme_text import BLOCKS
+from runs import Cull, Result
 
 BIN = Path(sys.executable).parent
 TIMEOUT = 4  # seconds; an idle server's age when it is due

@@ -27,6 +27,11 @@ NOW = datetime(2026, 11, 22, 20, 39, 5, tzinfo=UTC)
         ("1w", 604_800),
         ("1w2d3h4m5s", 788_645),
         (" 2H ", 7200),
+        ("60min", 3600),
+        ("1hr", 3600),
+        ("2days", 172_800),
+        ("3 hours 1 minute", 10_860),
+        ("1.2096e+06", 1_209_600),  # Helm writes large numbers so
     ],
 )
 def test_a_duration_is_seconds_or_numbers_with_units(text: str, seconds: float) -> None:

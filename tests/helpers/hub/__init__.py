@@ -43,6 +43,12 @@ main()
 """
 
 
+HOUR = 3600
+# What `spawn` takes. Half a minute over: times are written in whole minutes, and a test may take some seconds.
+IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
+IDLE_USER: dict[str, Any] = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
