@@ -101,8 +101,8 @@ def demo_of_real_servers(hub: RealHub) -> bool:
     servers = [COMPUTING, WAITING]
     print("\nStarting two real Jupyter servers behind a proxy, on a second Hub, each with a kernel.")
     hub.spawn_many([(each.name, each.server, each.options) for each in servers])
-    JupyterServer(hub, COMPUTING.name).start_kernel().execute(COMPUTE_SILENTLY, wait=False)
-    JupyterServer(hub, WAITING.name).start_kernel().execute("x = 1 + 1", wait=True)
+    JupyterServer(hub, COMPUTING.name).execute(COMPUTE_SILENTLY, until="busy")
+    JupyterServer(hub, WAITING.name).execute("1 + 1", until="idle")
     time.sleep(REAL_TIMEOUT + 1)
     before = states(hub)
 

@@ -45,9 +45,9 @@ def people() -> Iterator[RealHub]:
         options = {"honest": {"activity_interval": 1}}
         servers = [("busy", ""), ("busy", "lab"), ("calm", ""), ("typist", ""), ("back", ""), ("honest", "")]
         hub.spawn_many([(user, server, options.get(user, {})) for user, server in servers])
-        JupyterServer(hub, "calm").start_kernel().execute("1 + 1", wait=True)
+        JupyterServer(hub, "calm").execute("1 + 1", until="idle")
         for user in ("honest", "busy"):
-            JupyterServer(hub, user).start_kernel().execute(COMPUTE_SILENTLY, wait=False)
+            JupyterServer(hub, user).execute(COMPUTE_SILENTLY, until="busy")
         JupyterServer(hub, "typist").request("POST", "api/terminals")
         honest = JupyterServer(hub, "honest")
         with closing(honest.open_tab(honest.start_kernel())):
