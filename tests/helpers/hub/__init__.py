@@ -29,6 +29,7 @@ SINCE = {
     "removal of named servers": (1, 0),
     "pages": (2, 0),
     "scopes": (2, 0),
+    "tokens that a narrowed scope allows": (5, 0),  # before, `tokens!group=…` of a service covered no user
 }
 
 # To Hub 0.6, which has no services, all tokens are this user's.
