@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import requests
 import websocket
 from hub import RealHub
 from real_servers import JupyterServer, real_servers
@@ -57,6 +58,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.tell("Browser.close")
         self._socket.close()
 
     def tell(self, method: str, session: str | None = None, **params: object) -> Any:
@@ -111,8 +113,11 @@ def chromium(command: str) -> Iterator[Browser]:
             with Browser(f"ws://127.0.0.1:{port}{path}") as browser:
                 yield browser
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
@@ -138,8 +143,10 @@ def open_notebook(hub: RealHub, browser: Browser, user: str, profile: str) -> Ta
     server = JupyterServer(hub, user)
 
     def ready() -> bool:
-        kernels = server.request("GET", "api/kernels?no_track_activity=1")
-        return [(each["execution_state"], each["connections"] > 0) for each in kernels] == [("idle", True)]
+        with contextlib.suppress(requests.HTTPError):  # 500 while it starts, seen once
+            kernels = server.request("GET", "api/kernels?no_track_activity=1")
+            return [(each["execution_state"], each["connections"] > 0) for each in kernels] == [("idle", True)]
+        return False
 
     wait_for(ready, f"the kernel of {user}")
     return tab
