@@ -70,7 +70,7 @@ TEMPLATES = ("jinja2<3", "markupsafe<2.1")
 OLDEST = ("sqlalchemy<1.3", "tornado<5", "traitlets<5", *TEMPLATES)
 HUB_0_8 = hub("0.8.1", "3.6", *OLDEST)
 
-# From 3 on, servers can be asked. The same of them, as jupyterhub-singleuser of each Hub.
+# Real servers and their proxy. They can be asked from JupyterHub 3 on.
 SERVERS = ("configurable-http-proxy", "ipykernel", "jupyter_server")
 WITH_SERVERS = ("test_real_hub.py", "test_servers_asked.py")
 

@@ -30,7 +30,7 @@ c.JupyterHub.activity_resolution = 0
 """
 
 # What the README says for those who may not ask: the Hub's own word becomes true.
-OF_HUB = "".join(re.findall(r"`(c\.JupyterHub\.last_activity_interval = .*?)`", README))
+(OF_HUB,) = set(re.findall(r"`(c\.JupyterHub\.last_activity_interval = .*?)`", README))
 OF_SERVERS = "".join(block.text for block in BLOCKS if "MappingKernelManager" in block.text)
 IN_SECONDS = """
 c.MappingKernelManager.cull_idle_timeout = 5
