@@ -153,10 +153,10 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     print("Starting a JupyterHub of its own, on loopback, to be thrown away.")
-    # The Hub's own wait for a server to stop is 10 seconds: too long for a demo.
+    # The Hub waits 10 seconds for a server to stop: too long for one that is slow on purpose, too short when busy.
     with RealHub(slow_stop_timeout=2) as hub:
         fine = demo(hub)
-        with RealHub(extra_config=real_servers()) as second:
+        with RealHub(slow_stop_timeout=30, extra_config=real_servers()) as second:
             fine &= demo_of_real_servers(second)
         if arguments.keep:
             keep(hub)

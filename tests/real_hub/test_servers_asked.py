@@ -42,7 +42,7 @@ c.MappingKernelManager.cull_interval = 1
 def people(request: pytest.FixtureRequest) -> Iterator[RealHub]:
     """A Hub, and servers that have been up for long enough to be due. The Hub has heard nothing since their start."""
     python = request.config.getoption("hub_python")
-    with RealHub(python=python, extra_config=real_servers() + CONFIG + OF_HUB) as hub:
+    with RealHub(slow_stop_timeout=30, python=python, extra_config=real_servers() + CONFIG + OF_HUB) as hub:
         (hub.directory / "config-honest").mkdir()
         (hub.directory / "config-honest/jupyter_server_config.py").write_text(OF_SERVERS + IN_SECONDS)
         options = {"honest": {"activity_interval": 1}}
