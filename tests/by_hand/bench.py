@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -394,7 +393,7 @@ def measure_questions(effort: Effort) -> Iterator[Line]:
     with subprocess.Popen(small_jupyter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as small:
         assert small.stdin
         assert small.stdout
-        with real_hub(behind_proxy(int(small.stdout.readline()))) as hub:
+        with real_hub(servers_at(int(small.stdout.readline()))) as hub:
             small.stdin.write(f"{hub.url}\n")
             small.stdin.flush()
             hub.spawn_many([(f"user-{index}", "", {"idle_seconds": 7200}) for index in range(servers)])
@@ -416,25 +415,17 @@ def measure_questions(effort: Effort) -> Iterator[Line]:
     yield Line(work, "the Hub's CPU for each server", amount(1000 * spent, "ms"), "")
 
 
-def behind_proxy(port: int) -> str:
+def servers_at(port: int) -> str:
     """Configuration of a Hub whose servers are all at that port, behind a proxy."""
-    from hub import free_ports
+    from real_servers import behind_proxy
 
-    proxy = shutil.which("configurable-http-proxy", path=str(Path(PYTHON).parent)) or "configurable-http-proxy"
-    return f"""
-from jupyterhub.proxy import ConfigurableHTTPProxy
-
+    return f"""{behind_proxy()}
 class SmallSpawner(doubles.DoubleSpawner):
     async def start(self):
         await super().start()
         return "127.0.0.1", {port}
 
 c.JupyterHub.spawner_class = SmallSpawner
-c.JupyterHub.proxy_class = ConfigurableHTTPProxy
-c.Proxy.should_start = True
-c.ConfigurableHTTPProxy.command = [{proxy!r}]
-c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{free_ports(1)[0]}"
-c.JupyterHub.load_roles.append({{"name": "asker", "services": ["culler"], "scopes": ["tokens"]}})
 """
 
 

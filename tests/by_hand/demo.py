@@ -1,4 +1,4 @@
-"""See cull_idle.py at work: starts a throw-away Hub, fills it, and culls it."""
+"""See cull_idle.py at work: starts throw-away Hubs, fills them, and culls them."""
 
 import argparse
 import contextlib
@@ -7,13 +7,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hub import RealHub, full_name
+from real_servers import COMPUTE_SILENTLY, JupyterServer, real_servers
 
 ROOT = Path(__file__).parents[2]
 MINUTE, HOUR, DAY = 60, 3600, 24 * 3600
+REAL_TIMEOUT = 5  # seconds: real servers cannot be made to look old
 
 
 class Server(NamedTuple):
@@ -49,6 +53,8 @@ SERVERS = [
     Server("hal", "notes", "idle for 3 days, a named one", idle(3 * DAY, 4 * DAY), "gone"),
     Server("dave smith", "", "idle for 5h", idle(5 * HOUR, 9 * HOUR), "gone"),
 ]
+COMPUTING = Server("ivy", "", "computes and prints nothing", {}, "running")
+WAITING = Server("jon", "", "an idle kernel", {}, "gone")
 
 
 def states(hub: RealHub) -> dict[str, str]:
@@ -63,7 +69,7 @@ def states(hub: RealHub) -> dict[str, str]:
 
 def cull_idle(hub: RealHub, *arguments: str) -> int:
     """Run the program as a user would, and return its exit code."""
-    print(f"\n$ {shlex.join(['cull_idle.py', *arguments])}", flush=True)
+    print(f"\n$ {shlex.join(['cull-idle', *arguments])}", flush=True)
     environment = {key: value for key, value in os.environ.items() if "CULL_IDLE" not in key}
     environment |= {"JUPYTERHUB_API_URL": hub.url, "JUPYTERHUB_API_TOKEN": hub.culler_token}
     command = [sys.executable, str(ROOT / "cull_idle.py"), *arguments]
@@ -87,13 +93,35 @@ def demo(hub: RealHub) -> bool:
     codes = [cull_idle(hub, "--dry-run", "--timeout", "1h")]
     print("\nNow for real:")
     codes.append(cull_idle(hub, "--once", "--timeout", "1h"))
-    after = states(hub)
+    return as_expected(hub, SERVERS, before, codes)
 
+
+def demo_of_real_servers(hub: RealHub) -> bool:
+    """The same, where servers compute. --idle-by asks them."""
+    servers = [COMPUTING, WAITING]
+    print("\nStarting two real Jupyter servers behind a proxy, on a second Hub, each with a kernel.")
+    hub.spawn_many([(each.name, each.server, each.options) for each in servers])
+    JupyterServer(hub, COMPUTING.name).execute(COMPUTE_SILENTLY, until="busy")
+    JupyterServer(hub, WAITING.name).execute("1 + 1", until="idle")
+    time.sleep(REAL_TIMEOUT + 1)
+    before = states(hub)
+
+    timeout = f"{REAL_TIMEOUT}s"
+    print(f"\nBy the Hub's word both are idle, although {COMPUTING.name}'s kernel computes:")
+    codes = [cull_idle(hub, "--dry-run", "--timeout", timeout)]
+    print("\nNow for real, but ask each server before it is stopped:")
+    codes.append(cull_idle(hub, "--once", "--timeout", timeout, "--idle-by", "both", "--servers-url", hub.public_url))
+    return as_expected(hub, servers, before, codes)
+
+
+def as_expected(hub: RealHub, servers: Sequence[Server], before: dict[str, str], codes: list[int]) -> bool:
+    """Show what became of the servers, and return whether that is what was to become of them."""
+    after = states(hub)
     print("\nWhat that did:\n\n" + row("SERVER", "", "BEFORE", "AFTER"))
-    for each in SERVERS:
+    for each in servers:
         name = each.full_name
         print(row(name, each.about, before.get(name, "gone"), after.get(name, "gone")))
-    left = after == {each.full_name: each.after for each in SERVERS if each.after != "gone"}
+    left = after == {each.full_name: each.after for each in servers if each.after != "gone"}
     if not left:
         print("\nNot as expected: see the source of this demo.")
     if any(codes):
@@ -125,13 +153,15 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     print("Starting a JupyterHub of its own, on loopback, to be thrown away.")
-    # The Hub's own wait for a server to stop is 10 seconds: too long for a demo.
+    # The Hub waits 10 seconds for a server to stop: too long for one that is slow on purpose, too short when busy.
     with RealHub(slow_stop_timeout=2) as hub:
-        as_expected = demo(hub)
+        fine = demo(hub)
+        with RealHub(slow_stop_timeout=30, extra_config=real_servers()) as second:
+            fine &= demo_of_real_servers(second)
         if arguments.keep:
             keep(hub)
-    print("\nThe Hub is gone again.")
-    return 0 if as_expected else 1
+    print("\nThe Hubs are gone again.")
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

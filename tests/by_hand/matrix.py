@@ -1,7 +1,8 @@
 """Try cull_idle.py on real JupyterHubs from 0.6 to 6, or run the default tests on several Pythons, and print a table.
 
 Each Hub and each Python has an environment of its own, made by uv and kept for the next run. Hubs are tried with the
-tests of test_real_hub.py: a cell says yes if tests for it ran with this Hub, and all of them passed.
+tests of test_real_hub.py, those since 3 with those of test_servers_asked.py too: a cell says yes if tests for it ran
+with this Hub, and all of them passed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     environment: Environment
     note: str = ""
     options: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ("test_real_hub.py",)
 
     @property
     def name(self) -> str:
@@ -68,6 +70,10 @@ TEMPLATES = ("jinja2<3", "markupsafe<2.1")
 OLDEST = ("sqlalchemy<1.3", "tornado<5", "traitlets<5", *TEMPLATES)
 HUB_0_8 = hub("0.8.1", "3.6", *OLDEST)
 
+# Real servers and their proxy. They can be asked from JupyterHub 3 on.
+SERVERS = ("configurable-http-proxy", "ipykernel", "jupyter_server")
+WITH_SERVERS = ("test_real_hub.py", "test_servers_asked.py")
+
 HUBS = [
     Row("0.6.1", hub("0.6.1", "3.6", *OLDEST)),
     Row("0.7.2", hub("0.7.2", "3.6", *OLDEST)),
@@ -77,10 +83,10 @@ HUBS = [
     Row("1.0.0", hub("1.0.0", "3.7", "sqlalchemy<2", *TEMPLATES)),
     Row("1.5.1", hub("1.5.1", "3.11", "sqlalchemy<2")),
     Row("2.3.1", hub("2.3.1", "3.11", "sqlalchemy<2")),
-    Row("3.1.1", hub("3.1.1", "3.11")),
-    Row("4.1.6", hub("4.1.6", "3.11")),
-    Row("5.5.*", hub("5.5.*", "3.11")),
-    Row("6.*", hub("6.*", "3.11")),
+    Row("3.1.1", hub("3.1.1", "3.11", *SERVERS), tests=WITH_SERVERS),
+    Row("4.1.6", hub("4.1.6", "3.11", *SERVERS), tests=WITH_SERVERS),
+    Row("5.5.*", hub("5.5.*", "3.11", *SERVERS), tests=WITH_SERVERS),
+    Row("6.*", hub("6.*", "3.11", *SERVERS), tests=WITH_SERVERS),
 ]
 
 ALL_TESTS = ("--editable", f"{ROOT}[test]")
@@ -183,7 +189,7 @@ def try_hub(row: Row, python: Path, scratch: Path) -> Tried:
         f"--junitxml={report}",
         f"--hub-python={python}",
         *row.options,
-        "tests/real_hub/test_real_hub.py",
+        *(f"tests/real_hub/{name}" for name in row.tests),
         minutes=HUB_MINUTES,
     )
     cells, versions = read_report(report)
@@ -249,7 +255,10 @@ def try_it(attempt: Attempt, directory: Path, scratch: Path, installing: threadi
 def table(first: str, rows: list[Tried]) -> str:
     columns = list(dict.fromkeys(column for row in rows[::-1] for column in row.cells))
     cells = [[first, "Python", *columns], ["---"] * (2 + len(columns))]
-    cells += [[row.title, row.python, *(row.cells.get(column, "") for column in columns)] for row in rows]
+    cells += [
+        [row.title, row.python, *(row.cells.get(column, CANNOT if row.cells else "") for column in columns)]
+        for row in rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 

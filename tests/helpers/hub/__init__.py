@@ -29,6 +29,7 @@ SINCE = {
     "removal of named servers": (1, 0),
     "pages": (2, 0),
     "scopes": (2, 0),
+    "tokens that a narrowed scope allows": (5, 0),  # before, `tokens!group=…` of a service covered no user
 }
 
 # To Hub 0.6, which has no services, all tokens are this user's.
@@ -232,11 +233,14 @@ class RealHub:
     ) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            if self._process is None or self._process.poll() is not None:
-                raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
+            self._check_that_it_runs()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not after {timeout}s: {what}\n{self.log()[-4000:]}")
             time.sleep(pause)
+
+    def _check_that_it_runs(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
 
     # Its API, as the admin service
 
@@ -245,7 +249,11 @@ class RealHub:
         headers = {"Accept": "application/jupyterhub-pagination+json"}
         request = self._session.prepare_request(requests.Request(method, self.url, headers, json=json))
         request.url = self.url + path  # not before: requests would take the %2E in it for a dot
-        answer = self._session.send(request, timeout=60)
+        try:
+            answer = self._session.send(request, timeout=60)
+        except requests.ConnectionError:
+            self._check_that_it_runs()
+            raise
         if answer.status_code not in allow:
             answer.raise_for_status()
         return answer

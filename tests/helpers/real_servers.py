@@ -1,0 +1,105 @@
+"""Real Jupyter servers of a real Hub, behind a proxy, and what their users do with them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from typing import Any
+from uuid import uuid4
+
+import requests
+import websocket
+from hub import RealHub, api_path, free_ports
+
+COMPUTE_SILENTLY = "import time; time.sleep(600)"
+
+# As jupyterhub-singleuser does, but without an optional import of jsonschema that takes two seconds.
+START_SERVER = """
+import sys
+sys.modules["rfc3987_syntax"] = None
+from jupyterhub.singleuser import main
+main()
+"""
+
+# The proxy is PyPI's configurable-http-proxy, which tracks activity as the original does.
+PROXY = """
+from jupyterhub.proxy import ConfigurableHTTPProxy
+
+c.JupyterHub.proxy_class = ConfigurableHTTPProxy
+c.Proxy.should_start = True
+c.ConfigurableHTTPProxy.command = [os.path.join(os.path.dirname(sys.executable), "configurable-http-proxy")]
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:PORT"
+c.JupyterHub.load_roles.append({"name": "asker", "services": ["culler"], "scopes": ["tokens"]})
+"""
+
+SERVERS = f"""
+from jupyterhub.spawner import SimpleLocalProcessSpawner
+
+class ServerSpawner(SimpleLocalProcessSpawner):
+    home_dir_template = os.getcwd() + "/home-{{username}}"
+
+    def get_env(self):
+        directory = os.getcwd()
+        return {{
+            "IPYTHONDIR": directory,
+            "JUPYTER_DATA_DIR": directory,
+            "JUPYTER_CONFIG_DIR": directory + "/config-" + self.user.name,
+            "JUPYTER_RUNTIME_DIR": directory + "/runtime-" + self.user.name + self.name,
+            "JUPYTERHUB_SINGLEUSER_APP": "jupyter_server.serverapp.ServerApp",
+            "JUPYTERHUB_ACTIVITY_INTERVAL": str(self.user_options.get("activity_interval", 3600)),
+            **super().get_env(),
+        }}
+
+c.JupyterHub.spawner_class = ServerSpawner
+c.JupyterHub.cleanup_servers = True
+c.Spawner.cmd = [sys.executable, "-c", {START_SERVER!r}]
+c.Spawner.args = ["--allow-root"]
+"""
+
+
+def behind_proxy() -> str:
+    """RealHub's `extra_config` for a proxy at its `public_url`, and for a culler that may ask servers."""
+    return PROXY.replace("PORT", str(free_ports(1)[0]))
+
+
+def real_servers() -> str:
+    """RealHub's `extra_config` for real servers behind a proxy. The Hub hears nothing of what they do.
+
+    Of a server's `user_options`, activity_interval is how often it tells the Hub, in seconds.
+    """
+    return behind_proxy() + SERVERS
+
+
+class JupyterServer:
+    """One server, as its user's browser uses it."""
+
+    def __init__(self, hub: RealHub, user: str, server: str = "") -> None:
+        self._url = f"{hub.public_url}{api_path('user', *filter(None, [user, server]))}"
+        self._headers = {"Authorization": f"token {hub.api('POST', api_path('users', user, 'tokens')).json()['token']}"}
+
+    def request(self, method: str, path: str) -> Any:
+        answer = requests.request(method, f"{self._url}/{path}", headers=self._headers, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def start_kernel(self) -> str:
+        """Start a kernel; returns its id."""
+        kernel: str = self.request("POST", "api/kernels")["id"]
+        return kernel
+
+    def open_tab(self, kernel: str) -> websocket.WebSocket:
+        """A connection to a kernel, as a notebook in a browser keeps it."""
+        address = f"{self._url.replace('http:', 'ws:')}/api/kernels/{kernel}/channels"
+        return websocket.create_connection(address, header=self._headers, timeout=60)
+
+    def execute(self, code: str, *, until: str) -> None:
+        """Run code in a new kernel, and wait until it is "busy" with it, or "idle" again. Then close the tab."""
+        header = {"msg_id": uuid4().hex, "msg_type": "execute_request", "session": uuid4().hex, "version": "5.3"}
+        request = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": {"code": code}}
+        state = None
+        with closing(self.open_tab(self.start_kernel())) as tab:
+            tab.send(json.dumps(request))
+            while state != until:
+                message = json.loads(tab.recv())
+                if message["parent_header"].get("msg_id") == header["msg_id"]:
+                    state = message["content"].get("execution_state")
