@@ -1301,7 +1301,7 @@ class Judge:
 READ_SIZE = 1 << 16  # bytes
 LARGEST_LIST = 1 << 28  # bytes; half a million users, from a Hub before 2.0, which has no pages
 LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has some 300 KB
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
 TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
 SCOPES_OF_ALL = ("read:users:name", "read:users:groups")  # JupyterHub adds them to each token
@@ -3771,10 +3771,10 @@ class Loop:
             return
         try:
             self._identity = with_retries(hub.identity, self.told_to_stop)
-        except TryAgain:
-            raise
-        except HubError:  # GET /users will say it better
-            return
+        except HubError as error:
+            if error.affects_all:
+                raise
+            return  # GET /users will say it better
         if self._identity:
             check_scopes(self._identity, self.settings)
 
