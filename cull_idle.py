@@ -3204,16 +3204,16 @@ def write_metrics(path: str, result: PassResult) -> None:
             earlier = before.get(f"{name}{labels}", 0) if is_counter else 0
             lines.append(f"{name}{labels} {round(value + earlier, 3)}")
     # A new file that nobody else can have prepared, in the same directory, so that it can replace the old one.
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", prefix=".cull_idle", delete=False) as file:
-        try:
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".cull_idle")
+    try:
+        with open(descriptor, "w") as file:
             file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # node_exporter runs as another user
-            os.replace(file.name, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(file.name)
-            raise
+            os.fchmod(descriptor, 0o644)  # node_exporter runs as another user
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def read_metrics(path: str) -> dict[str, float]:
