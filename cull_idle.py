@@ -3958,7 +3958,8 @@ def run_command_line(args: list[str] | None) -> int:
         return int(make_command(program).main(args, program, standalone_mode=False))
     except click.ClickException as error:
         name_source(error)
-        sentence, exit_code = error.format_message(), Exit.USAGE
+        # click lists the empty text among the values of a boolean
+        sentence, exit_code = error.format_message().replace("values: , ", "values: "), Exit.USAGE
     except (click.Abort, KeyboardInterrupt):
         sentence, exit_code = "interrupted", Exit.UNDONE
     except CullError as error:
