@@ -3800,7 +3800,14 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help shows its options under their headings."""
+    """A command whose --help shows its options under their headings, and fits terminals from 40 columns on."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Write the help as wide as the terminal; click itself would write 50 columns at least."""
+        import shutil
+
+        ctx.terminal_width = max(min(shutil.get_terminal_size().columns, 80), NARROWEST) - 2
+        return super().get_help(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, in the order in which they are declared."""
@@ -3812,7 +3819,7 @@ class GroupedCommand(click.Command):
                 section.append((names.replace(" [=", "[="), text))
         for heading, records in sections.items():
             with formatter.section(heading):
-                formatter.write_dl(records, col_max=32)
+                formatter.write_dl(records, col_max=32 if formatter.width >= 70 else 2)  # 2: help below the option
 
 
 def stop_idle_servers(**values: Any) -> Exit:

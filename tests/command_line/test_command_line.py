@@ -1,5 +1,6 @@
 """Options, the sources of their values, and --help."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,23 @@ def test_the_help_is_grouped_and_fits_80_columns(cull: Cull, flag: str) -> None:
     assert headings == ["What to cull:", "When:", "The Hub:", "Output:"]
     assert max(map(len, result.out.splitlines())) <= 80
     assert "--cull-users[=BOOL]" in result.out
+
+
+@pytest.mark.parametrize("columns", [40, 50, 60, 80, 200])
+def test_the_help_fits_the_terminal_and_breaks_no_word(
+    cull: Cull, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    usual = cull("--help").out
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = cull("--help").out
+    assert max(map(len, out.splitlines())) <= min(columns, 80)
+    assert joined(out) == joined(usual)
+
+
+def joined(text: str) -> list[str]:
+    """The words of a text, also of those that are broken after a hyphen."""
+    return re.sub(r"-\n +", "-", text).split()
 
 
 def test_the_help_shows_what_a_value_looks_like_and_the_defaults(cull: Cull) -> None:
