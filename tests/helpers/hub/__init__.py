@@ -180,7 +180,7 @@ class RealHub:
             return
         try:
             process.send_signal(signal.SIGTERM)
-            process.wait(5)
+            process.wait(30)  # real servers, which it stops first, would outlive it if it were killed
         except BaseException as error:
             process.kill()
             process.wait()
