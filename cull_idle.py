@@ -1936,8 +1936,8 @@ class Asker:
     def __exit__(self, *_: object) -> None:
         self._connections.close()
 
-    def check(self) -> None:
-        """Raise HubError if no server can be asked: the address is wrong, or the Hub too old."""
+    def check(self, identity: Identity | None) -> None:
+        """Raise HubError if no server can be asked: the address is wrong, or the Hub too old, perhaps for the scope."""
         url = f"{self._settings.servers_root}/hub/api"
         try:
             version = str(self._get(url).json()["version"])
@@ -1947,6 +1947,12 @@ class Asker:
             raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}") from None
         if major < 3:
             raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
+        if major < 5 and identity and identity.kind == "service" and "tokens" not in identity.scopes:
+            filtered = " and ".join(identity.filtered("tokens"))
+            raise HubError(
+                f"this is JupyterHub {one_line(version, 20)}, where the scope {filtered} of a service covers nobody;"
+                " give it the whole scope tokens, or use JupyterHub 5 or later"
+            )
 
     def ask(self, server: Server) -> OwnActivity:
         """Ask one server. Raises HubError if the Hub makes no token, and WrongAddress."""
@@ -3658,7 +3664,7 @@ class Loop:
             yield None
             return
         with Asker(hub, self.settings, address_is_right=self._address_is_right) as asker:
-            asker.check()
+            asker.check(self._identity)
             try:
                 yield asker
             finally:

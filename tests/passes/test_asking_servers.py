@@ -490,6 +490,21 @@ def test_a_hub_that_is_too_old_makes_no_token(cull_asking: Cull, scripted: Scrip
     assert scripted.running() == {"ann"}
 
 
+@pytest.mark.parametrize("mode", ["both", "server"])
+@pytest.mark.parametrize(("version", "exit_code"), [("3.1.1", 3), ("4.1.6", 3), ("5.0.0", 0), ("6.1.1", 0)])
+def test_where_a_filtered_scope_of_a_service_covers_nobody_nothing_is_stopped(
+    cull_asking: Cull, scripted: ScriptedHub, version: str, exit_code: int, mode: str
+) -> None:
+    """JupyterHub 3 and 4 refuse each token, so a busy server would be stopped by the Hub's word."""
+    scripted.version = version
+    scripted.scopes = [*ALL_SCOPES, "tokens!group=students"]
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
+    result = cull_asking("--idle-by", mode)
+    assert result.exit_code == exit_code
+    assert scripted.running() == ({"ann"} if exit_code else set())
+    assert ("tokens!group=students" in result.err) == (exit_code == 3)
+
+
 @pytest.mark.parametrize("scopes", [["self"], ["access:servers!server=ann/", "delete:servers!user=ann"], None, []])
 @pytest.mark.parametrize("mode", ["both", "server"])
 def test_a_token_that_can_do_more_is_revoked_and_never_used(
