@@ -1698,6 +1698,8 @@ class Hub:
         answer = self._request("GET", PROBES[code], {"limit": 1})
         if answer.status in (200, 404):
             return answer.status == 200
+        if answer.status == 500 and self.version and self.version.startswith("0.9."):  # its answer to unknown paths
+            return False
         raise HubError(f"GET {PROBES[code]}: {self.url} {answer}, so it is not known whether a proxy decodes paths")
 
     @property

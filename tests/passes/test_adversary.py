@@ -174,6 +174,18 @@ def test_one_probe_is_enough_for_all_workers(cull: Cull, decoded: DecodedHub, de
     assert result.exit_code == int(decodes)
 
 
+@pytest.mark.parametrize(("version", "stopped"), [("0.9.6", True), ("1.0.0", False), ("6.1.1", False)])
+def test_only_jupyterhub_0_9_may_answer_the_probe_with_500(
+    cull_scripted: Cull, scripted: ScriptedHub, version: str, stopped: bool
+) -> None:
+    """It does so for each path that it does not know."""
+    scripted.version = version
+    scripted.add("what?", idle=LONG_AGO)
+    scripted.fault("GET", "/users%3F.*", respond_json(500, {"status": 500, "message": "Internal"}), times=None)
+    assert cull_scripted("--timeout=1h").exit_code == (0 if stopped else 1)
+    assert scripted.running() == (set() if stopped else {"what?"})
+
+
 # An ingress that answers for the Hub
 
 
