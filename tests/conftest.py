@@ -176,6 +176,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts the tests in the background lets them, and the programs that they start, ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers", "behaviour(name): the column of tests/by_hand/matrix.py's table that the test is for"
     )
