@@ -1514,7 +1514,9 @@ class Connections:
         prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
         prepared.url = url  # as it is: requests would decode %2E in it
         # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
-        return self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
+        response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
+        response.raw.enforce_content_length = True  # urllib3 1.26 takes a part of an answer for all of it
+        return response
 
     def _transport(self, url: str) -> dict[str, Any]:
         """Arguments for requests: certificates, and for https: the proxy. A proxy for http: would see the token."""
