@@ -508,26 +508,26 @@ ACTIVE = {
 }
 
 
-def compare_with_limits(active: datetime, born: datetime | None, policy: Policy, now: datetime) -> Verdict:
+def compare_with_limits(
+    active: datetime, born: datetime | None, policy: Policy, now: datetime, source: Source = Source.HUB
+) -> Verdict:
     """Compare the time since the last activity, and the age, with the policy's limits. The future counts as now."""
     idle = now - active if active < now else ZERO
     age = None
     if born is not None:
         age = now - born if born < now else ZERO
     if idle >= policy.timeout.duration:
-        return Verdict(True, Measure.IDLE, "", idle, age, policy.timeout)
+        return Verdict(True, Measure.IDLE, "", idle, age, policy.timeout, False, source)
     if age is not None and age >= policy.max_age.duration:
-        return Verdict(True, Measure.AGE, "", idle, age, policy.max_age)
-    return Verdict(False, Measure.IDLE, "", idle, age, policy.timeout)
+        return Verdict(True, Measure.AGE, "", idle, age, policy.max_age, False, source)
+    return Verdict(False, Measure.IDLE, "", idle, age, policy.timeout, False, source)
 
 
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
     """Decide whether a server is to be stopped, at `now` by the Hub's clock. In doubt it is kept."""
     if server.doubt or server.last_activity is None:
         return keep_in_doubt(server.doubt)
-    verdict = compare_with_limits(server.last_activity, server.started, policy, now)
-    if server.source is not Source.HUB:
-        verdict = verdict._replace(source=server.source)
+    verdict = compare_with_limits(server.last_activity, server.started, policy, now, server.source)
     if server.pending:
         return verdict.kept(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
