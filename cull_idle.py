@@ -1089,7 +1089,8 @@ class Settings:
     once: bool = switch(WHEN, "Make one pass, then exit.")
     cull_every: timedelta | None = option(
         WHEN,
-        "Time between the starts of two passes, which never overlap.  [default: half of the shortest limit]",
+        "Time between the starts of two passes, which never overlap.  [default: half of the shortest limit, at most"
+        " --warn-before]",
         type=duration_type(least=timedelta(seconds=1), most=LONGEST),
     )
     dry_run: bool = switch(WHEN, "Show what would be culled, change nothing, and exit; with -v also show what is kept.")
@@ -1220,7 +1221,7 @@ class Settings:
         limits = [self.timeout, self.max_age]
         limits += [limit for rule in self.rule for limit in (rule.timeout, rule.max_age) if limit is not None]
         interval = min((limit / 2 for limit in limits if ZERO < limit < NEVER), default=timedelta(minutes=5))
-        return min(max(interval, timedelta(seconds=1)), self.warn_before or LONGEST, LONGEST)
+        return max(min(interval, self.warn_before or LONGEST, LONGEST), timedelta(seconds=1))
 
     @property
     def client_certificate(self) -> ClientCertificate | None:
@@ -2341,8 +2342,8 @@ class Scan:
             self._findings.users_listed += 1
             all_due = True
             for server in servers:
-                known = asked.get((server.user, server.name), server) if asked else server
-                all_due &= self._decide_server(known, page.now, position)
+                with_answer = asked.get((server.user, server.name), server) if asked else server
+                all_due &= self._decide_server(with_answer, page.now, position)
             if user and all_due:
                 self._decide_user(user, page.now, position)
 

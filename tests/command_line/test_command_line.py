@@ -84,6 +84,7 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         (["--timeout=1d", "--rule=group=gpu timeout=40m", "--rule=user=x keep"], "interval", 20 * MINUTE),
         (["--timeout=1d", "--rule=group=gpu max-age=2h timeout=0"], "interval", 60 * MINUTE),
         (["--timeout=1h", "--warn-before=10m"], "interval", 10 * MINUTE),
+        (["--timeout=1h", "--warn-before=0.1s"], "interval", MINUTE / 60),
         (["--timeout=1h", "--warn-before=10m", "--cull-every=20m"], "interval", 20 * MINUTE),
         (["--timeout=1"], "interval", MINUTE / 60),
         (["--concurrency=1"], "concurrency", 1),
