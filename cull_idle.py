@@ -1288,7 +1288,7 @@ class Judge:
     def due_soon(
         self, server: Server, verdict: Verdict, now: datetime, within: timedelta
     ) -> tuple[datetime, Verdict] | None:
-        """When a kept server will be due, with its verdict, as of due_within."""
+        """When a kept server will be due, with the limit that it will reach. None if not within that time."""
         if server.doubt:
             return None
         policy = self.server_policies.find(server)

@@ -144,8 +144,8 @@ def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
     """Read the arguments and the environment as the program does, but cull nothing."""
     seen: list[cull_idle.Settings] = []
 
-    def run(culler: cull_idle.Loop) -> int:
-        seen.append(culler.settings)
+    def run(loop: cull_idle.Loop) -> int:
+        seen.append(loop.settings)
         return 0
 
     monkeypatch.setattr(cull_idle.Loop, "run", run)
