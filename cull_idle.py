@@ -43,7 +43,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, NamedTuple, Self, TextIO, TypeVar
 
 import click
 
@@ -220,10 +220,10 @@ def parse_time(text: object) -> datetime | None:
     """
     try:
         moment = datetime.fromisoformat(text)  # type: ignore[arg-type]
+        if moment.tzinfo is UTC:
+            return moment
     except (TypeError, ValueError):
         moment = None
-    if moment and moment.tzinfo is UTC:
-        return moment
     if text is None:
         return None
     if not isinstance(text, str) or len(text) <= len("2026-11-22"):
@@ -451,18 +451,11 @@ class Policy(NamedTuple):
     kept_by: str = ""  # the rule that keeps it, whatever the limits
 
 
-class Measure(enum.Enum):
-    """What a limit is compared with."""
-
-    IDLE = "idle"
-    AGE = "age"
-
-
 class Verdict(NamedTuple):
     """Whether to cull, and why."""
 
     cull: bool
-    decided_by: Measure | None  # None if something other than a limit decided
+    decided_by: Literal["idle", "age", ""]  # what reached its limit or not; empty if no limit decided
     why: str = ""  # the reason in words, if no limit decided
     idle: timedelta | None = None
     age: timedelta | None = None
@@ -473,12 +466,12 @@ class Verdict(NamedTuple):
     @property
     def reason(self) -> str:
         """The reason as a log line shows it: `idle 2h03m, limit 1h`, `terminal active 2m ago, limit 1h`."""
-        if self.decided_by is Measure.IDLE and self.idle is not None:
+        if self.decided_by == "idle" and self.idle is not None:
             if self.source in ACTIVE and not self.cull:
                 return f"{self.activity}, {self.limit}"
             says = f", {self.source.value}" if self.source.value else ""
             return f"idle {short(self.idle)}, {self.limit}{says}"
-        if self.decided_by is Measure.AGE and self.age is not None:
+        if self.decided_by == "age" and self.age is not None:
             return f"age {short(self.age)}, {self.limit}"
         return self.why
 
@@ -493,12 +486,12 @@ class Verdict(NamedTuple):
 
     def kept(self, why: str) -> Verdict:
         """The same figures, but kept, for this reason."""
-        return self._replace(cull=False, decided_by=None, why=why)
+        return self._replace(cull=False, decided_by="", why=why)
 
 
 def keep_in_doubt(why: str) -> Verdict:
     """The verdict on what is not understood: it is kept."""
-    return Verdict(False, None, why, in_doubt=True)
+    return Verdict(False, "", why, in_doubt=True)
 
 
 ACTIVE = {
@@ -517,10 +510,10 @@ def compare_with_limits(
     if born is not None:
         age = now - born if born < now else ZERO
     if idle >= policy.timeout.duration:
-        return Verdict(True, Measure.IDLE, "", idle, age, policy.timeout, False, source)
+        return Verdict(True, "idle", "", idle, age, policy.timeout, False, source)
     if age is not None and age >= policy.max_age.duration:
-        return Verdict(True, Measure.AGE, "", idle, age, policy.max_age, False, source)
-    return Verdict(False, Measure.IDLE, "", idle, age, policy.timeout, False, source)
+        return Verdict(True, "age", "", idle, age, policy.max_age, False, source)
+    return Verdict(False, "idle", "", idle, age, policy.timeout, False, source)
 
 
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
@@ -838,7 +831,7 @@ def describe(error: BaseException) -> str:
 def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: datetime) -> Verdict:
     """Decide like judge_server, but let the arbiter decide in place of the timeout. If it fails, the server is kept."""
     verdict = judge_server(server, policy._replace(timeout=Limit(NEVER)), now)
-    if verdict.cull or verdict.decided_by is not Measure.IDLE:  # due by its age, or kept whatever the limits are
+    if verdict.cull or verdict.decided_by != "idle":  # due by its age, or kept whatever the limits are
         return verdict
     try:
         cull = arbiter(
@@ -850,7 +843,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
     except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
         return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(in_doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
-    return verdict._replace(cull=cull, decided_by=None, why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
+    return verdict._replace(cull=cull, decided_by="", why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
 
 
 # ---- Settings: each option is declared once, as a field of Settings
@@ -2330,16 +2323,17 @@ class Scan:
         if page.problem:
             self._count_doubt("the user list", page.problem)
             return
-        self._findings.hub_time, self._findings.hub_time_read = page.now, page.requested
+        findings, cull_users = self._findings, self._settings.cull_users
+        findings.hub_time, findings.hub_time_read = page.now, page.requested
         asked = self._ask_servers(page, self._asker) if self._asker else {}
         for position, model in enumerate(page.models, page.offset):
             try:
-                user = parse_user(model) if self._settings.cull_users else None
+                user = parse_user(model) if cull_users else None
                 servers = user.servers if user else parse_servers(model)
             except ValueError as error:
                 self._count_doubt("the Hub", str(error))
                 continue
-            self._findings.users_listed += 1
+            findings.users_listed += 1
             all_due = True
             for server in servers:
                 with_answer = asked.get((server.user, server.name), server) if asked else server
@@ -2696,7 +2690,7 @@ class Culler:
 
 def why_spared(verdict: Verdict) -> str:
     """Why the second look spares what the scan found due."""
-    return verdict.activity if verdict.decided_by is Measure.IDLE else verdict.reason
+    return verdict.activity if verdict.decided_by == "idle" else verdict.reason
 
 
 # ---- What a pass came to

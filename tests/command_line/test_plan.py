@@ -253,7 +253,7 @@ def test_a_table_of_any_names_fits_and_has_every_number(
     rows: list[tuple[str, timedelta | None, timedelta | None, str, str]], width: int
 ) -> None:
     shown = [
-        cull_idle.Row(server_named(name), cull_idle.Verdict(False, None, reason, idle, age), would_be, reason)
+        cull_idle.Row(server_named(name), cull_idle.Verdict(False, "", reason, idle, age), would_be, reason)
         for name, idle, age, would_be, reason in rows
     ]
     lines = click.unstyle("\n".join(cull_idle.table(shown, width))).splitlines()

@@ -11,7 +11,6 @@ from cull_idle import (
     NEVER,
     IdleBy,
     Limit,
-    Measure,
     OwnActivity,
     Policy,
     Server,
@@ -139,7 +138,7 @@ def test_a_server_is_never_stopped_before_a_limit_nor_while_it_is_not_ready(serv
         assert policy.default_servers
         assert not policy.kept_by
         assert verdict.limit is not None
-        measured = verdict.idle if verdict.decided_by is Measure.IDLE else verdict.age
+        measured = verdict.idle if verdict.decided_by == "idle" else verdict.age
         assert measured is not None
         assert measured >= verdict.limit.duration
 
