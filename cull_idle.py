@@ -2168,13 +2168,12 @@ class UserList:
                 self._offset = max(self._offset - max(self._size, USUAL_PAGE) // 2, 0)
                 self._stepped_back = True
                 continue
-            new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
-            known = len(page.models) - len(new)  # they come first
-            yield page._replace(models=new, offset=page.offset + known)
+            known = next((n for n, name in enumerate(names) if name not in self._before), len(names))
+            yield page._replace(models=page.models[known:], offset=page.offset + known)
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            self._count_new(len(new))
+            self._count_new(len(names) - known)
             self._advance(names, next_offset)
 
     def _leave_out_user(self) -> Page:
