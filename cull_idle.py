@@ -356,11 +356,11 @@ def parse_servers(model: object) -> list[Server]:
         if "" not in servers and model.get("pending"):
             # JupyterHub 0.8 with named servers lists only ready ones; `pending` of the user is the default server's.
             servers = {**servers, "": {"url": None}}
-        return [
-            parse_server(name, server_name, server, model)
-            for server_name, server in servers.items()
-            if not (isinstance(server, dict) and server.get("stopped") is True)
-        ]
+        found = []
+        for server_name, server in servers.items():
+            if not (isinstance(server, dict) and server.get("stopped") is True):
+                found.append(parse_server(name, server_name, server, model))
+        return found
     if "servers" not in model and "server" in model and "created" not in model:
         # JupyterHub 0.6 to 0.8 without named servers: the user's own keys describe the default server.
         exists = model["server"] or model.get("pending")
