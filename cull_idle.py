@@ -2856,7 +2856,10 @@ class Log:
 
 
 def open_log(level: str) -> logging.Logger:
-    """A logger to stderr. Lines begin with time and level; under systemd with a priority, under a Hub with a name."""
+    """A logger to stderr. Lines begin with time and level; under systemd with a priority, under a Hub with a name.
+
+    In a terminal the date is left out, so that most lines fit 80 columns.
+    """
     import logging
 
     layout = "%(asctime)s %(levelname)-8s %(message)s"
@@ -2866,7 +2869,7 @@ def open_log(level: str) -> logging.Logger:
         handler.addFilter(add_priority)
     elif os.environ.get("JUPYTERHUB_SERVICE_NAME"):
         layout = "%(asctime)s %(levelname)-8s cull_idle: %(message)s"
-    handler.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(logging.Formatter(layout, "%H:%M:%S" if terminal_width(sys.stderr) else "%Y-%m-%d %H:%M:%S"))
     logging.raiseExceptions = False  # a full disk under stderr is no reason for a traceback
     logger = logging.getLogger("cull_idle")
     logger.handlers[:] = [handler]

@@ -11,6 +11,7 @@ from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
 from terminal import Session, in_pipe, in_terminal
 
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
+TIME = r"\d\d:\d\d:\d\d"
 LINE = re.compile(r"(?:INFO     culled|WARNING  stopping) (\S+): idle 2h.*")  # stopping if the Hub is busy
 BAR = re.compile(r"^  \[#*-*\]  (\d+)/\d+(?:  [\d:]+)?$")
 
@@ -46,6 +47,20 @@ def test_a_bar_grows_below_the_log_and_tears_no_line_of_it(hub: RealHub, columns
     assert sorted(line[1] if line else "torn" for line in lines) == sorted(NAMES), culled
     counts = Result(0, "", summary).counts
     assert (counts["running"], counts["due"], counts["warned"]) == (12, 11, 1)
+
+
+def test_a_pass_takes_one_line_of_80_columns(scripted: ScriptedHub) -> None:
+    many_idle(scripted, 60)
+    session = in_terminal(scripted, 80, "--timeout=1h")
+    assert re.fullmatch(rf"{TIME} INFO     pass: 60 running, 60 due, 60 culled in \d+\.\ds", session.screen.rows[-1])
+    in_a_loop = f"{session.screen.rows[-1]}; next in 4m59s"
+    assert len(in_a_loop) <= 80
+
+
+def test_lines_outside_a_terminal_have_the_date(scripted: ScriptedHub) -> None:
+    many_idle(scripted, 1)
+    _, log = in_pipe(scripted, "--timeout=1h")
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d {TIME} INFO     culled .*", log.decode().splitlines()[0])
 
 
 def test_the_bar_shows_the_time_that_is_left(scripted: ScriptedHub) -> None:

@@ -18,7 +18,7 @@ from hub import RealHub
 from processes import PROGRAM
 from scripted_hub import ScriptedHub
 
-LOGGED_AT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+LOGGED_AT = re.compile(r"\d\d:\d\d:\d\d (?=DEBUG|INFO|WARNING|ERROR)")
 ROWS = 60  # more than any test needs, so that nothing is scrolled away
 
 
