@@ -659,10 +659,10 @@ def test_an_answer_with_control_characters_is_printed_escaped(
 
 
 @pytest.mark.parametrize(("surface", "mode"), PRINTED)
-def test_an_answer_of_5_MB_is_printed_cut(  # noqa: N802 -- a unit
+def test_an_answer_of_1_MB_is_printed_cut(  # noqa: N802 -- a unit
     cull_scripted: Cull, scripted: ScriptedHub, surface: Surface, mode: list[str]
 ) -> None:
-    surface(scripted, "x" * 5_000_000)
+    surface(scripted, "x" * 1_000_000)
     result = cull_scripted("--timeout=1h", *mode)
     assert max(map(len, [*result.err.splitlines(), *result.out.splitlines()]), default=0) <= 2_000
 
