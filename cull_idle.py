@@ -3555,7 +3555,11 @@ def read_token_file(path: str) -> str:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set. A second signal ends the program at once."""
+    """An event that SIGTERM and SIGINT set. A second signal ends the program at once.
+
+    Python handles a signal in the main thread. One that comes just before this thread waits for a lock would be handled
+    only after the wait, which may take minutes. So a timer interrupts the main thread every second.
+    """
     import signal
 
     told_to_stop = threading.Event()
@@ -3569,9 +3573,12 @@ def stop_signals() -> Iterator[threading.Event]:
             os.write(2, f"{ERASE_LINE}finishing what is in flight; press Ctrl-C again to quit at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in signals}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
     try:
         yield told_to_stop
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

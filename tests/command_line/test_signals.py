@@ -18,6 +18,8 @@ from runs import Cull, Result
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 from terminal import read_some
 
+import cull_idle
+
 IN_FLIGHT = 0.5  # seconds that a slow request takes after the signal
 SOON = 2.0  # seconds for everything else that a process does before it ends
 
@@ -278,3 +280,21 @@ def test_no_thread_is_left_and_the_signal_handlers_are_restored(
     for thread in set(threading.enumerate()) - threads:
         thread.join(0 if "ThreadPool" in thread.name else 5)  # the Hub's own threads end now
     assert set(threading.enumerate()) <= threads
+
+
+def test_a_signal_is_noticed_while_the_main_thread_waits_for_another() -> None:
+    noticed = []
+
+    def work(told_to_stop: threading.Event) -> None:
+        time.sleep(0.2)  # until the main thread waits
+        # As when it comes just before the main thread begins to wait: the signal does not interrupt the wait.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        noticed.append(told_to_stop.wait(10))
+
+    with cull_idle.stop_signals() as told_to_stop:
+        thread = threading.Thread(target=work, args=[told_to_stop])
+        thread.start()
+        thread.join()
+    assert noticed == [True]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
