@@ -848,7 +848,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
 
 # ---- Settings: each option is declared once, as a field of Settings
 
-MOST_CONNECTIONS = 1000
+MOST_REQUESTS = 1000
 LONGEST = timedelta(days=365)
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
@@ -1112,7 +1112,7 @@ class Settings:
         type=FILE_TYPE,
     )
     concurrency: int = option(
-        HUB, "Requests in flight at the same time.", type=click.IntRange(1, MOST_CONNECTIONS), default=10, metavar="N"
+        HUB, "Requests in flight at the same time.", type=click.IntRange(1, MOST_REQUESTS), default=10, metavar="N"
     )
     api_page_size: int = option(
         HUB,
@@ -1456,8 +1456,11 @@ class DeadlineReader(io.RawIOBase):
         return response
 
 
-def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
-    """The transport of requests, with DeadlineReader. The class is made here because requests takes long to import."""
+def adapter_with_deadline(connections: int) -> requests.adapters.HTTPAdapter:
+    """The transport of requests, with DeadlineReader, for so many connections to a host.
+
+    The class is made here because requests takes long to import.
+    """
     from requests.adapters import HTTPAdapter
 
     def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -1480,7 +1483,7 @@ def adapter_with_deadline() -> requests.adapters.HTTPAdapter:
                 pool.close()
             super().close()
 
-    return Adapter(pool_maxsize=MOST_CONNECTIONS)
+    return Adapter(pool_maxsize=connections)
 
 
 class Connections:
@@ -1489,8 +1492,9 @@ class Connections:
     No redirect is followed, no .netrc and no cookies are used. Exceptions are those of requests and urllib3.
     """
 
-    def __init__(self, request_timeout: timedelta, certificate: ClientCertificate | None = None) -> None:
-        self.request_timeout = request_timeout
+    def __init__(self, settings: Settings, certificate: ClientCertificate | None = None) -> None:
+        self.request_timeout = settings.request_timeout
+        self._concurrency = settings.concurrency
         self._certificate = certificate
         self._transports: dict[str, dict[str, Any]] = {}  # by scheme and host
 
@@ -1531,7 +1535,7 @@ class Connections:
 
     @cached_property
     def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline()
+        return adapter_with_deadline(self._concurrency)
 
 
 class Hub:
@@ -1542,17 +1546,15 @@ class Hub:
     and no .netrc and no cookies are used.
     """
 
-    def __init__(
-        self, url: str, token: str, request_timeout: timedelta, certificate: ClientCertificate | None = None
-    ) -> None:
-        self.url = url
+    def __init__(self, token: str, settings: Settings) -> None:
+        self.url = settings.url
         self.version: str | None = None  # of JupyterHub, once it has said so
         self._headers = {
             "Authorization": f"token {token}",
             "Accept": "application/jupyterhub-pagination+json",
             "User-Agent": f"cull_idle/{__version__}",
         }
-        self._connections = Connections(request_timeout, certificate)
+        self._connections = Connections(settings, settings.client_certificate)
         self._probing = threading.Lock()
         self._decoded: dict[str, bool] = {}
 
@@ -1926,7 +1928,7 @@ class Asker:
         self.first_problem = ""  # why a server gave no answer
         self._hub = hub
         self._settings = settings
-        self._connections = Connections(settings.request_timeout)
+        self._connections = Connections(settings)
 
     def __enter__(self) -> Self:
         return self
@@ -3775,8 +3777,7 @@ class Loop:
         self._token_problem = problem
 
     def _open_hub(self) -> Hub:
-        settings = self.settings
-        return Hub(settings.url, self._token, settings.request_timeout, settings.client_certificate)
+        return Hub(self._token, self.settings)
 
     def _check_scopes(self, hub: Hub) -> None:
         """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""

@@ -792,7 +792,7 @@ class _Listener(socketserver.TCPServer):
     def __init__(self, hub: ScriptedHub, port: int) -> None:
         self.hub = hub
         self._connections: dict[threading.Thread, socket.socket] = {}
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True)
         super().__init__(("127.0.0.1", port), _Connection)
 
     def start(self) -> None:
