@@ -455,7 +455,7 @@ class Verdict(NamedTuple):
     """Whether to cull, and why."""
 
     cull: bool
-    decided_by: Literal["idle", "age", ""]  # what reached its limit or not; empty if no limit decided
+    decided_by: Literal["idle", "age", ""]  # which limit decided; empty if none did
     why: str = ""  # the reason in words, if no limit decided
     idle: timedelta | None = None
     age: timedelta | None = None
@@ -848,7 +848,6 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
 
 # ---- Settings: each option is declared once, as a field of Settings
 
-MOST_REQUESTS = 1000
 LONGEST = timedelta(days=365)
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
@@ -1112,7 +1111,7 @@ class Settings:
         type=FILE_TYPE,
     )
     concurrency: int = option(
-        HUB, "Requests in flight at the same time.", type=click.IntRange(1, MOST_REQUESTS), default=10, metavar="N"
+        HUB, "Requests in flight at the same time.", type=click.IntRange(1, 1000), default=10, metavar="N"
     )
     api_page_size: int = option(
         HUB,
@@ -2170,12 +2169,13 @@ class UserList:
                 self._offset = max(self._offset - max(self._size, USUAL_PAGE) // 2, 0)
                 self._stepped_back = True
                 continue
-            known = next((n for n, name in enumerate(names) if name not in self._before), len(names))
-            yield page._replace(models=page.models[known:], offset=page.offset + known)
+            new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
+            known = len(page.models) - len(new)  # most of them come first
+            yield page._replace(models=new, offset=page.offset + known)
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            self._count_new(len(names) - known)
+            self._count_new(len(new))
             self._advance(names, next_offset)
 
     def _leave_out_user(self) -> Page:

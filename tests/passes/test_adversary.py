@@ -802,6 +802,22 @@ class Churn:
         return exchange.normal()
 
 
+def test_a_server_that_becomes_ready_between_two_pages_is_counted_once_as_are_all_others(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    for number in range(400):
+        if number == 197:
+            scripted.add_user("user-197", idle=60)
+        else:
+            scripted.add(f"user-{number}", idle=60)
+    # The pages overlap there: users of the first page stand before it and after it.
+    scripted.fault("GET", "/users", and_do(lambda: scripted.add("user-197", idle=60)))
+    result = cull_scripted("--timeout=1h", "--api-page-size=200", "-v")
+    kept = [line.split()[2].rstrip(":") for line in result.lines if " kept user-" in line]
+    assert sorted(kept) == sorted(f"user-{number}" for number in range(400))
+    assert result.counts["running"] == 400
+
+
 def test_a_user_list_that_stays_as_it_is_costs_hardly_more_requests_than_it_has_pages(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:

@@ -277,7 +277,7 @@ def generated_names(count: int) -> list[str]:
 
 def test_of_200_generated_names_the_idle_ones_and_no_others_are_culled(cull: Cull) -> None:
     """Each name stands beside its twin in the list; one of the two is idle."""
-    names = generated_names(260)  # some twenty of them are refused
+    names = generated_names(260)  # some of them are refused
     servers = dict(zip(names, reversed(names), strict=True))  # of what names an older Hub took
     with RealHub() as hub:
         refused = hub.inherit(
