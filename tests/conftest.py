@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from scripted_hub import DROP, ScriptedHub
 from settings import SettingsOf
 
 import cull_idle
+
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an optional import of jsonschema that takes a second
 
 
 @pytest.fixture
@@ -185,6 +187,15 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "behaviour(name): the column of tests/by_hand/matrix.py's table that the test is for"
     )
     config.addinivalue_line("markers", "needs(feature, ...): those of hub.SINCE that the real Hub must have")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """Collect without coverage, which would take twice as long; cull_idle.py was imported before."""
+    trace = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(trace)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

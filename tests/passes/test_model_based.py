@@ -686,7 +686,7 @@ def assert_nothing_is_left_over(before: tuple[int, int]) -> None:
 
 EXAMPLES = os.environ.get("EXAMPLES")
 Life.TestCase.settings = settings(
-    max_examples=int(EXAMPLES or 60),
+    max_examples=int(EXAMPLES or 40),
     stateful_step_count=16,
     derandomize=not EXAMPLES,
     deadline=None,

@@ -129,10 +129,10 @@ def assert_first_look(machine: Machine, hub: RealHub) -> None:
 def test_a_token_of_the_token_page_is_enough_for_a_first_look(machine: Machine, hub_with_an_admin: RealHub) -> None:
     hub = hub_with_an_admin
     (scopes,) = re.findall(r"enter `(.*?)`", prose("A first look"))
-    page = f"{hub.url}/users/admin/tokens"  # what the page asks
-    owner = {"Authorization": f"token {hub_token(machine, hub)}"}
-    answer = requests.post(page, headers=owner, json={"scopes": scopes.split(), "expires_in": 3600}, timeout=30)
-    token = answer.json()["token"]
+    page = "/users/admin/tokens"  # what the page asks
+    owner = {"Authorization": f"token {hub.api('POST', page).json()['token']}"}
+    asked = {"scopes": scopes.split(), "expires_in": 3600}
+    token = requests.post(hub.url + page, headers=owner, json=asked, timeout=30).json()["token"]
     (command,) = re.findall(r"`(\(umask 077 && cat .*?)`", prose("A first look"))
     assert machine.run(command, stdin=f"{token}\n").returncode == 0
     assert (machine.root / "hub-token").stat().st_mode & 0o777 == 0o600
@@ -333,13 +333,25 @@ def make_token(machine: Machine) -> None:
     assert machine.token.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_token_of_its_own_culls(machine: Machine) -> None:
+@pytest.fixture(scope="module")
+def machine_with_token(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
     make_token(machine)
+    return machine
+
+
+@pytest.fixture(scope="module")
+def hub_with_own_token(machine_with_token: Machine) -> Iterator[RealHub]:
+    with RealHub(extra_config=own_token_snippet(machine_with_token)) as hub:
+        yield hub
+
+
+def test_a_token_of_its_own_culls(machine_with_token: Machine, hub_with_own_token: RealHub) -> None:
+    machine, hub = machine_with_token, hub_with_own_token
     command = cron_command().replace(" -q", "")
-    with RealHub(extra_config=own_token_snippet(machine)) as hub:
-        hub.spawn("idle", **IDLE)
-        result = machine.run(f"{machine.under(command)} --url {hub.url}", PATH="/usr/bin:/bin")
-        assert (result.returncode, hub.running()) == (0, set()), result.stderr
+    hub.spawn("idle", **IDLE)
+    result = machine.run(f"{machine.under(command)} --url {hub.url}", PATH="/usr/bin:/bin")
+    assert (result.returncode, hub.running()) == (0, set()), result.stderr
 
 
 def test_a_token_from_a_pipe_culls(machine: Machine, hub: RealHub) -> None:
@@ -354,18 +366,17 @@ def test_a_token_from_a_pipe_culls(machine: Machine, hub: RealHub) -> None:
 
 @pytest.mark.parametrize("args", [["--rule=group=gpu keep"], ["--cull-users"]], ids=["group", "users"])
 def test_the_role_that_is_printed_below_the_readmes_snippet_starts_a_hub_and_culls(
-    args: list[str], machine: Machine
+    args: list[str], machine_with_token: Machine, hub_with_own_token: RealHub
 ) -> None:
-    make_token(machine)
-    snippet = own_token_snippet(machine)
+    machine, hub = machine_with_token, hub_with_own_token
     words = ["cull-idle", "--once", "--timeout=1h", "--token-file", str(machine.token), *args]
-    with RealHub(extra_config=snippet) as hub:
-        hub.spawn("idle", **IDLE_USER)
-        result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
-        assert result.returncode == cull_idle.Exit.NO_HUB
-        assert hub.running() == {"idle"}
+    hub.spawn("idle", **IDLE_USER)
+    result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
+    assert result.returncode == cull_idle.Exit.NO_HUB
+    assert hub.running() == {"idle"}
+    hub.clear()
     (line,) = re.findall(r"c\.JupyterHub\.load_roles\.append\(.*\)", result.stderr)
-    with RealHub(extra_config=f"{snippet}\n{line}\n") as hub:
+    with RealHub(extra_config=f"{own_token_snippet(machine)}\n{line}\n") as hub:
         hub.spawn("idle", **IDLE_USER)
         result = machine.run(shlex.join([*words, "--url", hub.url]), PATH=f"{machine.bin}:/usr/bin:/bin")
         assert (result.returncode, hub.running()) == (0, set()), result.stderr
