@@ -754,7 +754,10 @@ class Policies:
             candidates = self._remembered[values] = self._candidates(dict(zip(self._fields, values, strict=True)))
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:
-            if all(glob.match(name) for glob in globs):
+            for glob in globs:
+                if not glob.match(name):
+                    break
+            else:
                 return policy
         return self.default
 
