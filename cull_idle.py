@@ -9,7 +9,7 @@ Polls the Hub's user list and stops every server whose last activity is older th
 The API token comes from $JUPYTERHUB_API_TOKEN or --token-file, never from the command line.
 
 To find your way: `main`, at the end, turns the command line into Settings and starts Loop. Loop.make_pass makes a pass:
-Scan reads the user list and lets Judge decide about each server, Culler looks at what is due again and sends the
+Scan reads the user list and lets Judge decide about each server, Culler looks again at what is due and sends the
 DELETEs, and what became of each is an Event for Log, JsonLines and Notices. PassResult sums up.
 """
 
@@ -316,7 +316,7 @@ class User(NamedTuple):
         return f"user {printable(self.name)}"
 
     def server_or_doubt(self, name: str) -> Server | None:
-        """The server of that name; if there is none, one in doubt, which may be the one."""
+        """The server of that name. If there is none, one in doubt: it is gone only if the rest is understood."""
         found = next((server for server in self.servers if server.name == name), None)
         return found or next((server for server in self.servers if server.doubt), None)
 
@@ -331,7 +331,7 @@ def parse_user(model: object) -> User:
     A field that is missing or malformed becomes a `doubt`. Raises ValueError only for a model without a name.
     https://jupyterhub.readthedocs.io/en/stable/reference/rest-api.html#/default/get_users
     """
-    model = with_name(model)
+    model = named_model(model)
     created, last_activity, doubt = None, None, ""
     try:
         created = parse_time(model.get("created"))
@@ -350,7 +350,7 @@ def parse_user(model: object) -> User:
 
 def parse_servers(model: object) -> list[Server]:
     """Turn the servers in a user model into values. Raises ValueError only for a model without a name."""
-    model = with_name(model)
+    model = named_model(model)
     name, servers = model["name"], model.get("servers")
     if isinstance(servers, dict):
         if "" not in servers and model.get("pending"):
@@ -370,13 +370,13 @@ def parse_servers(model: object) -> list[Server]:
 
 
 def name_of(model: object) -> str:
-    """The name in a user model; empty if it is none."""
+    """The name in a user model; empty if there is none."""
     name = model.get("name") if isinstance(model, dict) else None
     return name if isinstance(name, str) else ""
 
 
-def with_name(model: object) -> dict[str, Any]:
-    """Return the model if it is a user model, at least as far as it has a name. Raises ValueError."""
+def named_model(model: object) -> dict[str, Any]:
+    """Return the user model if it is a JSON object with a name. Raises ValueError."""
     if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
         return model
     raise ValueError("answered a user without a name")
@@ -455,7 +455,7 @@ class Verdict(NamedTuple):
     """Whether to cull, and why."""
 
     cull: bool
-    decided_by: Literal["idle", "age", ""]  # which limit decided; empty if none did
+    decided_by: Literal["idle", "age", ""]  # by which limit, reached or not; empty for another reason
     why: str = ""  # the reason in words, if no limit decided
     idle: timedelta | None = None
     age: timedelta | None = None
@@ -509,11 +509,12 @@ def compare_with_limits(
     age = None
     if born is not None:
         age = now - born if born < now else ZERO
+    kept = Verdict(False, "idle", "", idle, age, policy.timeout, False, source)
     if idle >= policy.timeout.duration:
-        return Verdict(True, "idle", "", idle, age, policy.timeout, False, source)
+        return kept._replace(cull=True)
     if age is not None and age >= policy.max_age.duration:
-        return Verdict(True, "age", "", idle, age, policy.max_age, False, source)
-    return Verdict(False, "idle", "", idle, age, policy.timeout, False, source)
+        return kept._replace(cull=True, decided_by="age", limit=policy.max_age)
+    return kept
 
 
 def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
@@ -716,7 +717,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_match(name: str, value: str) -> Match | None:
-    """Read a condition of a rule; None if the words are none."""
+    """Read a condition of a rule; None if it is not one."""
     import fnmatch
 
     field_name, dot, key = name.partition(".")
@@ -837,7 +838,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
     if verdict.cull or verdict.decided_by != "idle":  # due by its age, or kept whatever the limits are
         return verdict
     try:
-        cull = arbiter(
+        cull = arbiter(  # a timedelta and seconds, as jupyterhub-idle-culler has it
             inactive=verdict.idle,
             inactive_limit=policy.timeout.duration.total_seconds(),
             server=server.model,
@@ -1184,7 +1185,7 @@ class Settings:
 
     @property
     def asks_while_scanning(self) -> bool:
-        """True if the Hub's word does not count."""
+        """True if the scan asks servers, because the Hub's word does not count."""
         return self.idle_by in (IdleBy.SERVER, IdleBy.KERNELS)
 
     @property
@@ -1258,7 +1259,7 @@ class Judge:
             for_users,
         )
 
-    def server(self, server: Server, now: datetime) -> Verdict:
+    def decide(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server."""
         if server.doubt:  # its model may lack what a rule matches
             return keep_in_doubt(server.doubt)
@@ -1267,7 +1268,7 @@ class Judge:
             return judge_with_arbiter(server, policy, self._arbiter, now)
         return judge_server(server, policy, now)
 
-    def user(self, user: User, now: datetime) -> Verdict:
+    def decide_user(self, user: User, now: datetime) -> Verdict:
         """Decide about a user."""
         return judge_user(user, self.user_policies.find(user), now)
 
@@ -1569,7 +1570,7 @@ class Hub:
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
 
-        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore this, those before 2.0 all of it.
+        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore that, those before 2.0 the rest.
         """
         query = {"state": "ready" if ready_only else None, "limit": size, "offset": offset}
         answer = self._request("GET", "/users", {key: value for key, value in query.items() if value})
@@ -1911,7 +1912,7 @@ class NoAnswer(Exception):
 class WrongAddress(HubError):
     """No server is where --servers-url leads, or one hostile server makes it look so.
 
-    Such a server is kept: if the proxy is down, the Hub's word alone would stop what computes.
+    Culler keeps such a server: while the proxy is down, the Hub's word alone would stop servers that compute.
     """
 
 
@@ -2065,7 +2066,7 @@ SMALLER = 8  # a page that is too much to parse is read again in so many parts
 USUAL_PAGE = 50  # users, of a Hub that is not asked for more
 DATE_ERROR = timedelta(seconds=2)  # a Date is in whole seconds, and may be rounded
 ANSWER_LOST = "the Hub's answer was lost"
-UNANSWERED = 10  # so many requests in a row without an answer, or two per worker, end a pass
+MOST_FAILURES = 10  # in a row, or two per worker if that is more: then the pass ends
 
 
 class Outcome(enum.StrEnum):
@@ -2075,9 +2076,9 @@ class Outcome(enum.StrEnum):
     WARNED = "warned"  # kept, but due soon
     DUE = "due"  # still due, and nothing has been done about it yet; never reported
     CULLED = "culled"
-    STOPPING = "stopping"
-    GONE = "gone"
-    SPARED = "spared"
+    STOPPING = "stopping"  # not down yet
+    GONE = "gone"  # before anything was done
+    SPARED = "spared"  # not due any more
     FAILED = "failed"
 
 
@@ -2368,7 +2369,7 @@ class Scan:
             own = with_retries(partial(asker.ask, server), self._context.told_to_stop)
         except WrongAddress as error:
             self._wrong_address = self._wrong_address or error
-            own = OwnActivity(Source.NO_ANSWER)
+            own = OwnActivity(Source.NO_ANSWER)  # before a stop, Culler asks again
         except HubError as error:
             if error.affects_all or error.refused:
                 raise
@@ -2378,7 +2379,7 @@ class Scan:
     def _decide_server(self, server: Server, now: datetime, position: int) -> bool:
         """Decide about a server; returns whether it is due. `position`: of its user in the user list."""
         findings = self._findings
-        verdict = self._judge.server(server, now)
+        verdict = self._judge.decide(server, now)
         findings.running += server.ready
         if findings.idle_for and server.ready and verdict.idle is not None:
             for step in findings.idle_for:
@@ -2398,7 +2399,7 @@ class Scan:
 
     def _decide_user(self, user: User, now: datetime, position: int) -> None:
         """Decide about a user all of whose servers are due."""
-        verdict = self._judge.user(user, now)
+        verdict = self._judge.decide_user(user, now)
         if verdict.cull:
             self._findings.users.setdefault(user.name, Decision(user.without_models(), verdict, position))
             return
@@ -2467,12 +2468,12 @@ class Culler:
         self._one_by_one = {user: threading.Lock() for user in findings.users}
         self._deletes_sent: set[str | tuple[str, str]] = set()  # by user, or user and server
         self._ended = False  # early
-        self._unanswered = 0  # requests in a row
+        self._failures = 0  # in a row, without an answer of the Hub
 
-    def events(self) -> Iterator[Event]:
+    def cull(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
         outcomes: dict[str, set[Outcome]] = {}  # of the servers, by user
-        for event in self._server_events():
+        for event in self._cull_servers():
             if isinstance(event.target, Server):
                 outcomes.setdefault(event.target.user, set()).add(event.outcome)
             if event.outcome is not Outcome.DUE:
@@ -2488,7 +2489,7 @@ class Culler:
             if event.outcome is not Outcome.DUE:
                 yield event
 
-    def _server_events(self) -> Iterator[Event]:
+    def _cull_servers(self) -> Iterator[Event]:
         """Cull the servers. Raises WrongAddress if servers were to be asked and none was found."""
         undecided: list[Decision[Server]] = []
         error: HubError | None = None
@@ -2508,7 +2509,7 @@ class Culler:
     ) -> Iterator[Event]:
         """Cull each, several at a time, and yield what became of it."""
         for event in in_parallel(partial(self._attempt, cull), decisions, self._settings.concurrency):
-            yield self._end_if_unanswered(event)
+            yield self._end_after_failures(event)
 
     def _attempt(self, cull: Callable[[Decision[Target]], Event], decision: Decision[Target]) -> Event:
         """Cull one, with retries. Ends the pass early if the token is refused."""
@@ -2525,15 +2526,15 @@ class Culler:
             self._ended = True
         return event
 
-    def _end_if_unanswered(self, event: Event) -> Event:
-        """End the pass after too many unanswered requests in a row. The event that reaches the limit says so."""
+    def _end_after_failures(self, event: Event) -> Event:
+        """End the pass after too many failures in a row. The event that reaches the limit says so."""
         if event.outcome is not Outcome.DUE:
-            self._unanswered = self._unanswered + 1 if event.error and event.error.affects_all else 0
+            self._failures = self._failures + 1 if event.error and event.error.affects_all else 0
         # Exactly this many: the failures still in flight do not say it again.
-        if not event.error or self._unanswered != max(UNANSWERED, 2 * self._settings.concurrency):
+        if not event.error or self._failures != max(MOST_FAILURES, 2 * self._settings.concurrency):
             return event
         self._ended = True
-        sentence = f"the pass ends after {self._unanswered} failures in a row; the last: {event.error}"
+        sentence = f"the pass ends after {self._failures} failures in a row; the last: {event.error}"
         return event._replace(error=HubError(sentence))
 
     def _is_over(self) -> bool:
@@ -2569,18 +2570,18 @@ class Culler:
             return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
             return event._replace(reason="it was restarted")
-        verdict = self._judge_server(fresh, self._findings.plausible(now))
+        verdict = self._ask_and_decide(fresh, self._findings.plausible(now))
         if not verdict.cull:
             return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
         return Event(server, Outcome.DUE, verdict.reason, verdict)
 
-    def _judge_server(self, server: Server, now: datetime) -> Verdict:
+    def _ask_and_decide(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server, and ask it first if --idle-by says so. `both` asks only what the Hub calls idle."""
-        verdict = self._judge.server(server, now)
-        undecided = verdict.cull or self._settings.asks_while_scanning  # there the Hub's word does not count
-        if self._asker and undecided and self._judge.worth_asking(server, now):
+        verdict = self._judge.decide(server, now)
+        may_ask = verdict.cull or self._settings.asks_while_scanning
+        if self._asker and may_ask and self._judge.worth_asking(server, now):
             server = with_own_activity(server, self._asker.ask(server), self._settings.idle_by, now)
-            verdict = self._judge.server(server, now)
+            verdict = self._judge.decide(server, now)
         return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
@@ -2597,7 +2598,7 @@ class Culler:
         if answer.status == 202:
             waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
             return event._replace(outcome=Outcome.STOPPING, reason=f"{event.reason}; not down after {waited}")
-        if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or pending
+        if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or started again
             return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
             user, _ = self._find_user(server.user, decision)
@@ -2633,7 +2634,7 @@ class Culler:
             return event._replace(reason="a server is there again")
         if fresh.created != user.created:
             return event._replace(reason="the user was created anew")
-        verdict = self._judge.user(self._own_stops.leave_out(fresh), self._findings.plausible(now))
+        verdict = self._judge.decide_user(self._own_stops.leave_out(fresh), self._findings.plausible(now))
         if not verdict.cull:
             return Event(user, Outcome.SPARED, why_spared(verdict), verdict)
         return Event(user, Outcome.DUE, verdict.reason, verdict)
@@ -2679,9 +2680,9 @@ class Culler:
             sentence += f"; {self._advice(answer, scope)}"
         elif answer.status == 404 and answer.error:
             filtered = self._identity.filtered(scope, *others) if self._identity else []
-            named = " and ".join(filtered) or f"a filtered scope, such as {scope}!group=…,"
-            kind = f"{named} does not cover it"
-            sentence += f": it is still there, so the token's {kind}"
+            named = " and ".join(filtered) or f"a filtered scope, such as {scope}!group=…"
+            kind = f"not covered by {named}"
+            sentence += f": it is still there, so it is {kind}"
         return event._replace(outcome=Outcome.FAILED, error=HubError(sentence, kind, refused=refused))
 
     def _advice(self, answer: Answer, scope: str) -> str:
@@ -3434,7 +3435,7 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
         yield "asked", f"no answer: {context.asker.first_problem if context.asker else ''}"
     elif server.source is not Source.HUB:
         yield "asked", "yes"
-    verdict = judge.server(server, now)
+    verdict = judge.decide(server, now)
     ready = "yes" if server.ready else "no"
     pending = f", pending {one_line(server.pending, 20)}" if server.pending else ""
     yield "ready", "unknown" if server.doubt else f"{ready}{pending}"
@@ -3451,12 +3452,12 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
 
 def explain_user(user: User, judge: Judge, now: datetime) -> Iterator[tuple[str, str]]:
     """What decides about a user."""
-    verdict = judge.user(user, now)
+    verdict = judge.decide_user(user, now)
     yield "user", printable(user.name) + (", an admin" if user.admin else "")
     yield from explain_times(user.last_activity, "created", user.created, verdict)
     yield from explain_rules(user, [(number, rule) for number, rule in judge.rules if rule.for_users])
     yield from explain_limits(judge.user_policies.find(user), user.last_activity, user.created, now)
-    staying = [server.full_name for server in user.servers if not judge.server(server, now).cull]
+    staying = [server.full_name for server in user.servers if not judge.decide(server, now).cull]
     if verdict.cull and staying:
         verdict = verdict.kept(f"{', '.join(staying)} would not be stopped")
     when = " once no server is left" if user.servers else ""
@@ -3515,7 +3516,7 @@ def explain_limit(limit: Limit, since: datetime | None, now: datetime) -> str:
 
 TOKEN_SECONDS = 5  # how long a pipe may keep us waiting for a token
 LONGEST_TOKEN = 1 << 16  # bytes
-SAME_TIME = timedelta(seconds=30)  # so exact is what a server tells of its last activity, at least
+SAME_TIME = timedelta(seconds=30)  # due times that differ by less are the same: servers tell theirs only roughly
 
 
 def read_token(path: str | None) -> str:
@@ -3692,17 +3693,17 @@ class Loop:
         """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
         findings = self._scan(context, result, self.log.kept)
         with self._notices() as notices, self.log.progress(findings.due_count):
-            for event in self._events(context, findings):
+            for event in self._warn_and_cull(context, findings):
                 result.count(event)
                 self.log.event(event)
                 self.json_lines.event(event)
                 if notices:
                     notices.send(event)
 
-    def _events(self, context: PassContext, findings: Findings) -> Iterator[Event]:
+    def _warn_and_cull(self, context: PassContext, findings: Findings) -> Iterator[Event]:
         yield from self._new_warnings(findings)
         findings.check(self.settings.max_culls)
-        yield from Culler(context, findings).events()
+        yield from Culler(context, findings).cull()
 
     def _plan(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide and show. Raises CullError."""
@@ -3728,7 +3729,7 @@ class Loop:
 
     def _new_warnings(self, findings: Findings) -> Iterator[Event]:
         """Warnings of servers that will be due soon, each once, until something happens to the server."""
-        if not findings.error and findings.hub_time:  # after a failed scan, a server that is not listed may come back
+        if findings.hub_time:  # forget those that were due meanwhile
             now = findings.hub_time
             self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now}
         for key, event in findings.warnings.items():
@@ -3776,7 +3777,7 @@ class Loop:
         except SettingsError as error:
             problem = str(error)
         if problem and problem != self._token_problem:
-            self.log.say("warning", f"{problem} The last token is used until then.")
+            self.log.say("warning", f"{problem} The last token stays in use.")
         self._token_problem = problem
 
     def _open_hub(self) -> Hub:

@@ -807,6 +807,30 @@ def test_a_second_look_that_does_not_show_the_server(
     assert cull_scripted("--timeout", "1h").lines[0] == line
 
 
+@pytest.mark.parametrize(
+    ("scopes", "named"),
+    [
+        (["delete:servers"], "a filtered scope, such as delete:servers!group=…"),
+        (
+            ["delete:servers!group=a", "delete:servers!group=b"],
+            "delete:servers!group=a and delete:servers!group=b",
+        ),
+    ],
+    ids=["no filter", "two filters"],
+)
+def test_a_server_that_the_token_does_not_cover(
+    cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str], named: str
+) -> None:
+    scripted.scopes = ["list:users", "read:servers", "read:users:activity", *scopes]
+    scripted.add("ann", idle=2 * 3600 + 30)
+    scripted.fault("DELETE", ".*", respond_json(404, {"status": 404, "message": "no access"}), times=None)
+    (line, _) = cull_scripted("--timeout", "1h").lines
+    assert line == (
+        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 404 (no access): it is still there, so it is not"
+        f" covered by {named}"
+    )
+
+
 def test_an_active_server_in_two_units(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     server = scripted.add("ann", idle=4 * 86400)
     seen = scripted.now - timedelta(days=1, hours=2, minutes=3, seconds=30)
@@ -1167,7 +1191,7 @@ def test_a_token_file_that_disappears(scripted: ScriptedHub, loop: RunLoop, tmp_
     done = loop(scripted, "--cull-every=5s", f"--token-file={token}", between=[token.unlink])
     why = "No such file or directory; it must be a file that this user may read."
     (warning,) = done.passes[1].warnings
-    assert warning == f"WARNING  --token-file {token} cannot be read: {why} The last token is used until then."
+    assert warning == f"WARNING  --token-file {token} cannot be read: {why} The last token stays in use."
 
 
 def test_a_stdout_that_is_full(scripted: ScriptedHub) -> None:
