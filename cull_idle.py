@@ -1215,6 +1215,8 @@ class Settings:
         if self.cull_every:
             return self.cull_every
         limits = [self.timeout, self.max_age]
+        if self.cull_users:
+            limits += [limit for limit in (self.user_timeout, self.user_max_age) if limit is not None]
         limits += [limit for rule in self.rule for limit in (rule.timeout, rule.max_age) if limit is not None]
         interval = min((limit / 2 for limit in limits if ZERO < limit < NEVER), default=timedelta(minutes=5))
         return max(min(interval, self.warn_before or LONGEST, LONGEST), timedelta(seconds=1))
@@ -3018,12 +3020,24 @@ def planned_events(findings: Findings) -> Iterator[Event]:
     yield from findings.warnings.values()
 
 
+def plan_caveats(findings: Findings, missing: Sequence[str], settings: Settings) -> Iterator[str]:
+    """Why a real pass would do less than planned. missing: the scopes that the token lacks for it."""
+    try:
+        findings.check(settings.max_culls)
+    except FuseBlownError as error:
+        yield str(error)
+    if findings.servers and settings.idle_by is IdleBy.BOTH:
+        yield "--idle-by both asks each of them first, and spares those in use"
+    if missing and findings.due_count:
+        yield f"the token lacks {' and '.join(missing)}: a real pass would stop nothing"
+
+
 def show_plan(
-    findings: Findings, kept: Sequence[Decision[Server] | Decision[User]], missing: Sequence[str], settings: Settings
+    findings: Findings, kept: Sequence[Decision[Server] | Decision[User]], caveats: Iterable[str], settings: Settings
 ) -> None:
     """Print what a pass would do, the longest idle first, and how many servers other timeouts would stop.
 
-    kept: what is shown besides. missing: scopes that the token lacks for a real pass.
+    kept: what is shown besides. caveats: of plan_caveats.
     """
     rows = []
     for event in planned_events(findings):
@@ -3035,14 +3049,8 @@ def show_plan(
     lines = [*table(rows, width)] if rows else []
     users = f", {count_of(len(findings.users), 'user')} deleted" if settings.cull_users else ""
     lines += wrap(f"{len(findings.servers)} of {findings.running} running servers would be stopped{users}.", width)
-    try:
-        findings.check(settings.max_culls)
-    except FuseBlownError as error:
-        lines += wrap(f"But {error}.", width)
-    if findings.servers and settings.idle_by is IdleBy.BOTH:
-        lines += wrap("But --idle-by both asks each of them first, and spares those in use.", width)
-    if missing and findings.due_count:
-        lines += wrap(f"But the token lacks {' and '.join(missing)}: a real pass would stop nothing.", width)
+    for caveat in caveats:
+        lines += wrap(f"But {caveat}.", width)
     if findings.running:
         lines += ["", *bars(findings.idle_for, settings.timeout, width)]
     click.echo("\n".join(lines), color=wants_color())
@@ -3708,13 +3716,16 @@ class Loop:
     def _plan(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide and show. Raises CullError."""
         kept: list[Decision[Server] | Decision[User]] = []
-        findings = self._scan(context, result, kept.append)
+        findings = self._scan(context, result, self.log.kept if self.settings.json else kept.append)
+        missing = missing_scopes(self._identity, self.settings, to_cull=True) if self._identity else []
+        caveats = plan_caveats(findings, missing, self.settings)
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
+            for caveat in caveats:
+                self.log.say("warning", caveat)
         elif findings.complete or findings.users_listed:
-            missing = missing_scopes(self._identity, self.settings, to_cull=True) if self._identity else []
-            show_plan(findings, kept, missing, self.settings)
+            show_plan(findings, kept, caveats, self.settings)
 
     def _scan(
         self, context: PassContext, result: PassResult, on_kept: Callable[[Decision[Server] | Decision[User]], None]
@@ -3771,11 +3782,13 @@ class Loop:
 
     def _read_token_again(self) -> None:
         """Read the token again, so that a new one needs no restart. The last one stays if that fails."""
-        problem = ""
+        before, problem = self._token, ""
         try:
             self._token = read_token(self.settings.token_file)
         except SettingsError as error:
             problem = str(error)
+        if self._token != before:
+            self._scopes_checked = False
         if problem and problem != self._token_problem:
             self.log.say("warning", f"{problem} The last token stays in use.")
         self._token_problem = problem
@@ -3849,7 +3862,7 @@ def stop_idle_servers(**values: Any) -> Exit:
         raise click.UsageError(
             "--warn-before must be shorter than --timeout and each rule's timeout=, or it would warn of servers in use."
         )
-    if settings.metrics_file:
+    if settings.metrics_file and settings.changes_something:
         check_metrics_file(settings.metrics_file)
     with stop_signals() as told_to_stop:
         loop = Loop(settings, told_to_stop)

@@ -326,6 +326,18 @@ ODD_NAMES = [
 ]
 
 
+def test_a_dry_run_logs_what_is_kept_and_why_a_real_pass_would_do_less(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.add("bob", idle=60)
+    scripted.scopes = ["list:users", "read:users:activity", "read:servers"]
+    result = cull_scripted("--timeout=1h", "--dry-run", "--json", "-v")
+    kept, lacks = (line for line in result.lines if re.search("kept|lacks", line))
+    assert kept.startswith("DEBUG    kept bob: idle ")
+    assert lacks == "WARNING  the token lacks delete:servers: a real pass would stop nothing"
+
+
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["once", "dry run"])
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_printed_as_the_hub_has_it(

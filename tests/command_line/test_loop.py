@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub import RealHub
 from processes import PROGRAM, Running, Start
-from runs import Result
+from runs import Result, RunLoop
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, then_do
 
 LOOP = ("--timeout=1h", "--cull-every=1s")
@@ -26,7 +26,7 @@ def test_the_first_pass_starts_at_once_and_the_next_after_cull_every(hub: RealHu
     hub.spawn("ann", idle_seconds=LONG_AGO)
     culler = start(hub, *LOOP)
     culler.wait_for(lambda: culled(culler) == {"ann"})
-    hub.spawn("bob", idle_seconds=LONG_AGO)
+    hub.spawn("bob", wait=False, idle_seconds=LONG_AGO)
     culler.wait_for(lambda: culled(culler) == {"ann", "bob"})
     assert hub.running() == set()
 
@@ -67,6 +67,21 @@ def test_a_token_file_is_read_again_for_each_pass(scripted: ScriptedHub, start: 
         "token old",
         f"token {scripted.token}",
     }
+
+
+def test_the_scopes_of_a_new_token_are_checked(loop: RunLoop, scripted: ScriptedHub, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(scripted.token)
+
+    def new_token() -> None:
+        scripted.token = "another-token"
+        scripted.scopes = ["list:users", "read:users:activity"]
+        file.write_text(scripted.token)
+
+    first, second = loop(scripted, "--timeout=1h", "--token-file", str(file), between=[new_token]).passes
+    assert (len(first.errors), len(second.errors)) == (0, 1)
+    assert "lacks" in second.errors[0]
+    assert "read:servers" in second.errors[0]
 
 
 @pytest.mark.parametrize("content", [None, "", "two words"], ids=["gone", "empty", "no token"])

@@ -431,3 +431,13 @@ def test_a_file_that_cannot_be_replaced_after_a_pass_is_one_error(
     (line,) = result.lines
     assert line.startswith(f"ERROR    --metrics-file {file} ")
     assert not file.parent.exists() or [each.name for each in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("mode", [["--dry-run"], ["--explain=ann"]], ids=str)
+def test_a_file_that_is_not_written_need_not_be_writable(
+    cull: Cull, scripted: ScriptedHub, tmp_path: Path, mode: list[str]
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    args = [f"--metrics-file={tmp_path / 'missing' / 'cull_idle.prom'}", "--timeout=1h", "--url", scripted.url]
+    assert cull("--once", *args, token=scripted.token).exit_code == 2
+    assert cull(*mode, *args, token=scripted.token).exit_code == 0

@@ -1043,6 +1043,7 @@ def test_a_fuse_that_blows(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     assert cull_scripted("--timeout=1h", "--max-culls=0").lines[0] == f"ERROR    {BLOWN}"
     assert cull_scripted("--timeout=1h", "--max-culls=0", "--dry-run").table[-1] == f"But {BLOWN}."
+    assert cull_scripted("--timeout=1h", "--max-culls=0", "--dry-run", "--json").lines[0] == f"WARNING  {BLOWN}"
 
 
 def test_a_fuse_that_is_neither_a_number_nor_a_percentage(cull: Cull) -> None:

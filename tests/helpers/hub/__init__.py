@@ -229,7 +229,7 @@ class RealHub:
         return False
 
     def _wait_until(
-        self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.05
+        self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.02
     ) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
