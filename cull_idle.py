@@ -838,9 +838,9 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
     if verdict.cull or verdict.decided_by != "idle":  # due by its age, or kept whatever the limits are
         return verdict
     try:
-        cull = arbiter(  # a timedelta and seconds, as jupyterhub-idle-culler has it
+        cull = arbiter(
             inactive=verdict.idle,
-            inactive_limit=policy.timeout.duration.total_seconds(),
+            inactive_limit=policy.timeout.duration.total_seconds(),  # not a timedelta: as in jupyterhub-idle-culler
             server=server.model,
             user=server.user_model,
         )
@@ -3883,7 +3883,7 @@ def warnings_about(settings: Settings) -> Iterator[str]:
         if ZERO < timeout < ACTIVITY_INTERVAL and settings.idle_by is IdleBy.HUB:
             yield (
                 f"{name} {format_duration(timeout)} may stop servers in use: a Hub refreshes last_activity"
-                " every 5m by default (JupyterHub.last_activity_interval); from 5m30s on it is safe"
+                " every 5m by default (JupyterHub.last_activity_interval); set at least 5m30s"
             )
     once = settings.once or settings.dry_run or settings.explain is not None
     if settings.warn_before and not once and settings.interval > settings.warn_before:

@@ -18,7 +18,7 @@ from readme_text import BLOCKS, PYPROJECT, README, ROOT, prose, rows, section
 from runs import Cull
 from scripted_hub import ScriptedHub
 from settings import settings_from
-from terminal import in_terminal
+from terminal import LOGGED_AT, in_terminal
 
 import cull_idle
 
@@ -243,7 +243,7 @@ def add_the_demos(scripted: ScriptedHub) -> None:
 
 def untimed(lines: list[str]) -> list[str]:
     """Lines of the log in a terminal, without what time does to them."""
-    return [re.sub(r"^\d\d:\d\d:\d\d |(?<= in )[\d.]+s$|(?<=down after )\w+", "…", line) for line in lines]
+    return [re.sub(r"(?<= in )[\d.]+s$|(?<=down after )\w+", "…", LOGGED_AT.sub("…", line)) for line in lines]
 
 
 # What a reader clicks, and what a shell reads

@@ -648,7 +648,10 @@ def test_the_help_of_an_option_in_the_generated_config_file(cull: Cull) -> None:
 
 def test_a_timeout_below_the_activity_interval(cull: Cull, settings_of: SettingsOf) -> None:
     (line,) = cull("--timeout=5m").lines
-    assert line.startswith("WARNING  --timeout 5m may stop servers in use: ")
+    assert line == (
+        "WARNING  --timeout 5m may stop servers in use: a Hub refreshes last_activity every 5m by default"
+        " (JupyterHub.last_activity_interval); set at least 5m30s"
+    )
 
 
 # What cannot be read
