@@ -355,7 +355,7 @@ def parse_servers(model: object) -> list[Server]:
     if isinstance(servers, dict):
         if "" not in servers and model.get("pending"):
             # JupyterHub 0.8 with named servers lists only ready ones; `pending` of the user is the default server's.
-            servers = {**servers, "": {"url": None}}
+            servers = {**servers, "": {}}
         found = []
         for server_name, server in servers.items():
             if not (isinstance(server, dict) and server.get("stopped") is True):

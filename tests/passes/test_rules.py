@@ -10,6 +10,7 @@ from hub import RealHub
 from runs import Cull
 from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub, respond, then_do
 
+import cull_idle
 from cull_idle import NEVER, parse_rule
 
 
@@ -118,6 +119,26 @@ def test_the_first_rule_whose_matches_all_hold_applies(
     for server in scripted.users["ann"].servers.values():
         server.extra = {**server.extra, "state": {}}
     assert left(cull_scripted, scripted, *texts) == stays
+
+
+def test_of_servers_that_all_differ_only_some_are_remembered(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered: list[int] = []
+
+    class Watched(cull_idle.Policies):
+        def find(self, target: cull_idle.Server | cull_idle.User) -> cull_idle.Policy:
+            policy = super().find(target)
+            remembered.append(len(self._remembered))
+            return policy
+
+    monkeypatch.setattr(cull_idle, "Policies", Watched)
+    monkeypatch.setattr(cull_idle, "MOST_REMEMBERED", 3)
+    for number in range(10):
+        scripted.add(f"ann{number}", idle=LONG_AGO, user_options={"profile": str(number)})
+    rules = ["option.profile=[0-4] keep", "user=ann9 keep"]
+    assert left(cull_scripted, scripted, *rules) == {"ann0", "ann1", "ann2", "ann3", "ann4", "ann9"}
+    assert max(remembered) == 3
 
 
 def test_a_rule_with_a_timeout_leaves_the_maximum_age(cull_scripted: Cull, scripted: ScriptedHub) -> None:

@@ -114,6 +114,7 @@ def test_any_text_is_a_duration_or_refused_with_a_sentence(text: str) -> None:
         ("2026-11-22T22:39:05+02:00", NOW),
         ("20261122T203905Z", NOW),
         ("2026-11-22T20", NOW.replace(minute=0, second=0)),
+        ("20261122T20", NOW.replace(minute=0, second=0)),
         ("20261122T20Z", NOW.replace(minute=0, second=0)),
         ("2026-11-22T20Z", NOW.replace(minute=0, second=0)),
         ("2026-11-22T24:00Z", datetime(2026, 11, 23, tzinfo=UTC)),

@@ -122,6 +122,8 @@ UNKNOWN = ("ann/gpu", False, "", None, None, True)
         ({"last_activity": DROP}, UNKNOWN),
         ({"pending": DROP}, UNKNOWN),
         ({"ready": DROP}, UNKNOWN),
+        ({"ready": DROP, "pending": DROP}, UNKNOWN),
+        ({"pending": DROP, "last_activity": DROP, "started": DROP}, UNKNOWN),
         ({"ready": DROP, "last_activity": DROP, "started": DROP}, UNKNOWN),
         ({"last_activity": None, "started": None}, ("ann/gpu", True, "", None, None, True)),
         ({"ready": "yes"}, ("ann/gpu", False, "", WHEN, WHEN, True)),
