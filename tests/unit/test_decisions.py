@@ -162,6 +162,11 @@ def test_what_the_server_says_becomes_its_last_activity(
     assert (asked.last_activity, asked.source) == (NOW - idle, source)
 
 
+def test_a_server_whose_start_is_not_known_runs_since_the_last_activity_that_the_hub_knows() -> None:
+    asked = with_own_activity(server(2 * HOUR, None), OwnActivity(Source.KERNEL), IdleBy.KERNELS, NOW)
+    assert asked.last_activity == NOW - 2 * HOUR
+
+
 @pytest.mark.parametrize(
     ("age", "fields", "policy", "worth"),
     [
