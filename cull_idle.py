@@ -950,7 +950,7 @@ def parse_url(text: str) -> str:
         raise ValueError(f"{one_line(text)!r} is not a URL like http://127.0.0.1:8081/hub/api.")
     if url.username is not None or url.query or url.fragment:
         raise ValueError("the URL of a Hub has no user, no password, no ? and no #.")
-    return text.rstrip("/")
+    return f"{url.scheme}{text[len(url.scheme) :]}".rstrip("/")  # with the scheme in lower case
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
@@ -1525,18 +1525,16 @@ class Connections:
         """Arguments for requests: certificates, and for https: the proxy. A proxy for http: would see the token."""
         import requests
 
+        if not url.startswith("https:"):
+            return {}  # the defaults of requests, which check certificates
         origin = "/".join(url.split("/")[:3])
-        if origin in self._transports:
-            return self._transports[origin]
-        certificate = self._certificate
-        verify: Any = certificate.ca if certificate else None
-        cert = (certificate.cert, certificate.key) if certificate else None
-        found: dict[str, Any] = {"verify": verify, "cert": cert}
-        if url.startswith("https:"):
+        if origin not in self._transports:
+            certificate = self._certificate
+            verify = certificate.ca if certificate else None
+            cert = (certificate.cert, certificate.key) if certificate else None
             merged = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
-            found = {key: merged[key] for key in ("verify", "cert", "proxies")}
-        self._transports[origin] = found
-        return found
+            self._transports[origin] = {key: merged[key] for key in ("verify", "cert", "proxies")}
+        return self._transports[origin]
 
     @cached_property
     def _adapter(self) -> requests.adapters.HTTPAdapter:

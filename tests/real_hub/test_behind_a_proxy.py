@@ -157,8 +157,10 @@ def test_a_hub_behind_a_proxy_with_a_private_ca_is_culled(hub: RealHub, proxy: R
     assert (result.exit_code, hub.running(), hub.users()) == (0, {"busy"}, {"busy"})
 
 
-def test_a_private_ca_is_not_trusted_by_default(hub: RealHub, proxy: ReverseProxy, cull: Cull) -> None:
-    result = cull("--once", "--timeout=1h", "--url", proxy.url, token=hub.culler_token)
+@pytest.mark.parametrize("scheme", ["https", "HTTPS"])
+def test_a_private_ca_is_not_trusted_by_default(hub: RealHub, proxy: ReverseProxy, cull: Cull, scheme: str) -> None:
+    url = proxy.url.replace("https:", f"{scheme}:")
+    result = cull("--once", "--timeout=1h", "--url", url, token=hub.culler_token)
     assert_one_sentence(result, "certificate verify failed")
     assert "$REQUESTS_CA_BUNDLE" in result.lines[0]
     assert hub.running() == {"idle", "busy"}
