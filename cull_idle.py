@@ -38,6 +38,7 @@ import queue
 import re
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -1473,14 +1474,14 @@ def adapter_with_deadline(connections: int) -> requests.adapters.HTTPAdapter:
         connection.response_class = DeadlineReader.read_response
         return connection
 
-    pools: list[Any] = []
+    pools: weakref.WeakSet[Any] = weakref.WeakSet()  # requests itself keeps those of the last ten hosts only
 
     class Adapter(HTTPAdapter):
         def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
             pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
             if not isinstance(pool.ConnectionCls, partial):
                 pool.ConnectionCls = partial(connect, pool.ConnectionCls)
-                pools.append(pool)
+                pools.add(pool)
             return pool
 
         def close(self) -> None:
@@ -3528,9 +3529,8 @@ SAME_TIME = timedelta(seconds=30)  # due times that differ by less are the same:
 def read_token(path: str | None) -> str:
     """Read the API token from a file if there is one, else from $JUPYTERHUB_API_TOKEN. Raises SettingsError."""
     source = f"--token-file {path}" if path else "$JUPYTERHUB_API_TOKEN"
-    in_environment = os.environ.get("JUPYTERHUB_API_TOKEN", "").strip()
     try:
-        token = read_token_file(path).strip() if path else in_environment
+        token = (read_token_file(path) if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
     except OSError as error:
         why = error.strerror or error
         raise SettingsError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None
@@ -3541,8 +3541,6 @@ def read_token(path: str | None) -> str:
     if not re.fullmatch("[!-~]+", token):
         raise SettingsError(f"{source} holds no API token: a token is one word of plain ASCII characters.")
     SECRETS.add(token)
-    if in_environment:
-        SECRETS.add(in_environment)
     return token
 
 
@@ -3989,6 +3987,8 @@ def run_command_line(args: list[str] | None) -> int:
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if token := os.environ.get("JUPYTERHUB_API_TOKEN", "").strip():
+        SECRETS.add(token)  # before an arbiter is loaded, which may quote it in an exception
     try:
         if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
             raise SettingsError("click is too old here and would misread options: pip install --upgrade click")

@@ -147,6 +147,13 @@ def test_an_arbiter_that_cannot_be_loaded_gets_a_sentence(
         assert word in line
 
 
+def test_an_arbiter_that_quotes_the_token_while_it_is_loaded_shows_it_to_nobody(cull: Cull, tmp_path: Path) -> None:
+    file = tmp_path / "arbiter.py"
+    file.write_text("import os\nraise ValueError('no login with ' + os.environ['JUPYTERHUB_API_TOKEN'])\n")
+    result = cull("--once", f"--arbiter={file}:decide", token="token-of-the-hub")  # which looks for it
+    assert "ValueError: no login with …" in result.err
+
+
 @pytest.mark.parametrize("name", ["nonsense", "no_such_module:f", ":f", "os:", "x.py"])
 def test_a_text_that_names_no_arbiter_gets_a_sentence(cull: Cull, name: str) -> None:
     result = cull(f"--arbiter={name}")

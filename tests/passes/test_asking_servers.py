@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -254,6 +255,28 @@ def test_servers_are_asked_side_by_side(cull_asking: Cull, scripted: ScriptedHub
     cull_asking("--idle-by", mode, "--concurrency=3")
     assert 0.9 <= time.monotonic() - began < 2.0
     assert len(scripted.running()) == 9
+
+
+def test_servers_with_hosts_of_their_own_leave_few_connections_open(
+    cull_asking: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub with subdomains."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **kw: resolve("127.0.0.1", *more, **kw))
+    for number in range(60):
+        full_url = f"http://user{number}.hub.example.org:{scripted.port}/user/user{number}/"
+        scripted.add(f"user{number}", age=9 * HOUR, says=FakeJupyter(ago(LONG_AGO)), extra={"full_url": full_url})
+    most_open = 0
+
+    def count(answer: object) -> object:
+        nonlocal most_open
+        most_open = max(most_open, scripted.connections_open)
+        return answer
+
+    scripted.fault("GET", "/user/.*", edited(count), times=None)
+    cull_asking("--idle-by=server", "--concurrency=4")
+    assert scripted.running() == set()
+    assert 4 < most_open < 30
 
 
 # Tokens
