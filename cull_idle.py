@@ -1331,7 +1331,9 @@ class Answer(NamedTuple):
 
         try:
             return json.loads(self.body)
-        except ValueError:
+        except ValueError as error:
+            if self.body.startswith(b"{") and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise RecursionError from None  # an integer of more than 4,300 digits is too much to parse, too
             if not self.body:
                 raise ValueError("answered nothing") from None
             is_html = self.body.lstrip().startswith(b"<")
@@ -1640,7 +1642,7 @@ class Hub:
         note = f"Server at {server.full_name}: idle?"
         body = {"scopes": [scope], "note": note, "expires_in": round(lifetime.total_seconds())}
         answer = self._request("POST", path, body=body)
-        if answer.status in (400, 403, 404):
+        if answer.status in (400, 403, 404) and answer.error:
             return None
         try:
             model = answer.json()
@@ -1951,7 +1953,9 @@ class Asker:
             raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}") from None
         if major < 3:
             raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
-        if major < 5 and identity and identity.kind == "service" and "tokens" not in identity.scopes:
+        if identity is None:
+            raise HubError(f"servers cannot be asked: GET {self._hub.url}/user does not say what the token may do")
+        if major < 5 and identity.kind == "service" and "tokens" not in identity.scopes:
             filtered = " and ".join(identity.filtered("tokens"))
             raise HubError(
                 f"this is JupyterHub {one_line(version, 20)}, where the scope {filtered} of a service covers nobody;"
@@ -1987,6 +1991,18 @@ class Asker:
             self._hub.revoke_token(token)
         return min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
 
+    def _send(self, url: str, headers: Mapping[str, str], *, tries: int = 2) -> tuple[requests.Response, bytes]:
+        """Send a GET and read the answer; once more if the connection is lost, as one kept alive may be at any time."""
+        from urllib3 import exceptions
+
+        try:
+            with self._connections.send("GET", url, headers) as response:
+                return response, response.raw.read(LARGEST_SERVER_ANSWER + 1, decode_content=False)
+        except (OSError, exceptions.HTTPError) as error:
+            if tries == 1 or not is_among(causes_of(error), exceptions.ProtocolError):
+                raise
+        return self._send(url, headers, tries=tries - 1)
+
     def _get(self, url: str, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
         """Send a GET that the server does not count as activity. Raises NoAnswer and WrongAddress.
 
@@ -1998,12 +2014,13 @@ class Asker:
         if token:
             headers["Authorization"] = f"token {token.token}"
         try:
-            with self._connections.send("GET", f"{url}?no_track_activity=1", headers) as response:
-                body = response.raw.read(LARGEST_SERVER_ANSWER + 1, decode_content=False)
+            response, body = self._send(f"{url}?no_track_activity=1", headers)
         except (OSError, ValueError, exceptions.HTTPError) as error:
             causes = causes_of(error)
-            unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError)
-            if is_among(causes, exceptions.SSLError, exceptions.ProxyError, *unreachable):
+            # Only these come from the server, or from the proxy for it. All else is this machine's, or the address's.
+            of_server = is_among(causes, exceptions.ProtocolError, exceptions.ReadTimeoutError, TimeoutError)
+            unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyError)
+            if not of_server or is_among(causes, exceptions.SSLError, *unreachable):
                 raise WrongAddress(f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}") from None
             raise NoAnswer(f"gave no whole answer ({type(causes[-1]).__name__})") from None
         if len(body) > LARGEST_SERVER_ANSWER:
@@ -2012,10 +2029,13 @@ class Asker:
         if status == 200 or (status == 404 and optional):
             content = body if status == 200 else b"[]"
             return Answer(status, content, parse_http_date(response.headers.get("Date")))
-        # The Hub's own port redirects so. So does the proxy if a server is gone, and so may a hostile server.
-        to_hub = 300 <= status < 400 and "/hub/user/" in where
-        if (to_hub or status in (401, 403)) and not self.address_is_right:
-            what = "leads to the Hub" if to_hub else f"answered {status} to a token made for it"
+        # The Hub's own port redirects to the Hub. So does the proxy if a server is gone, and so may a hostile server.
+        # An ingress that wants https: redirects to the same path.
+        same_path = where.partition("?")[0].endswith("/" + url.split("/", 3)[3])
+        redirected = 300 <= status < 400 and (same_path or "/hub/user/" in where)
+        if (redirected or status in (401, 403)) and not self.address_is_right:
+            to = "the Hub" if "/hub/user/" in where else "https:"
+            what = f"leads to {to}" if redirected else f"answered {status} to a token made for it"
             raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
         raise NoAnswer(f"answered {status}")
 

@@ -453,6 +453,15 @@ def test_users_with_deep_options_are_found_wherever_they_are(
     assert len(lists(scripted)) <= 2 + 25 * len(odd)
 
 
+def test_only_a_user_with_a_number_that_is_too_long_is_left_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """Python reads no more than 4,300 digits."""
+    names = add_due(scripted, 60, {17: "DIGITS"})
+    scripted.fault("GET", r"/users\b.*", swapped(b'"DIGITS"', b"7" * 5000), times=None)
+    result = cull_scripted("--timeout=1h", "--api-page-size=50")
+    assert scripted.running() == {names[17]}
+    assert result.exit_code == 0
+
+
 def test_a_hub_without_pages_and_with_deep_options_is_not_asked_for_ever(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:

@@ -23,6 +23,8 @@ from scripted_hub import (
     ALL_SCOPES,
     HOUR,
     LONG_AGO,
+    Answer,
+    Exchange,
     FakeJupyter,
     Reply,
     Request,
@@ -391,6 +393,7 @@ HOSTILE: dict[str, Reply] = {
     "deep": respond(200, b"[" * 100_000),
     "an object": respond_json(200, {}),
     "a number": respond_json(200, 5),
+    "an odd redirect": redirect("http://[/user/ann"),
     "null": respond_json(200, None),
     "numbers": respond_json(200, [1]),
     "no time": respond_json(200, [{"id": "1"}]),
@@ -499,6 +502,66 @@ def test_an_address_that_does_not_lead_to_this_hub(
         result = cull_asking("--idle-by", mode, "--servers-url", url)
     assert result.exit_code == 3
     assert "--servers-url" in result.err
+    assert scripted.running() == {"ann"}
+
+
+@pytest.mark.parametrize("lost", [reset(), raw(b"")], ids=["reset", "closed"])
+@pytest.mark.parametrize("mode", ["both", "server"])
+def test_a_connection_that_is_lost_once_hides_no_busy_kernel(
+    cull_asking: Cull, scripted: ScriptedHub, mode: str, lost: Reply
+) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("GET", "/user/ann/api/kernels", lost)
+    assert cull_asking("--idle-by", mode).exit_code == 0
+    assert scripted.running() == {"ann"}
+
+
+def to_https(exchange: Exchange) -> Answer:
+    return redirect(f"https://hub.example.org{exchange.request.target}", 308)(exchange)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fault", "env"),
+    [
+        ("https", None, {"REQUESTS_CA_BUNDLE": "/no-such-directory/ca.pem"}),
+        ("https", None, {"HTTPS_PROXY": "socks5://127.0.0.1:1", "NO_PROXY": ""}),  # needs a package that is not there
+        ("http", to_https, {}),
+    ],
+    ids=["no CA file", "a proxy that requests cannot use", "an ingress that wants https"],
+)
+def test_what_hinders_us_from_asking_is_not_an_answer_of_the_server(
+    cull_asking: Cull, scripted: ScriptedHub, scheme: str, fault: Reply | None, env: dict[str, str]
+) -> None:
+    for name in ("ann", "bob"):
+        full_url = f"{scheme}://127.0.0.1:{scripted.port}/user/{name}/"
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]), extra={"full_url": full_url})
+    if fault:
+        scripted.fault("GET", "/user/.*", fault, times=None)
+    result = cull_asking("--idle-by=both", env=env)
+    assert result.exit_code == 3
+    assert "--servers-url" in result.err
+    assert scripted.running() == {"ann", "bob"}
+
+
+@pytest.mark.parametrize("mode", ["both", "server"])
+def test_without_the_tokens_scopes_no_server_is_judged_by_the_hubs_word(
+    cull_asking: Cull, scripted: ScriptedHub, mode: str
+) -> None:
+    """An ingress that does not let GET /user pass."""
+    scripted.scopes = list(ALL_SCOPES)  # not `tokens`
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("GET", "/user", html(404), times=None)
+    result = cull_asking("--idle-by", mode)
+    assert result.exit_code == 3
+    assert "/user " in result.err
+    assert scripted.running() == {"ann"}
+
+
+def test_an_ingress_that_refuses_tokens_is_not_the_hub(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("POST", "/users/ann/tokens", html(403), times=None)
+    result = cull_asking("--idle-by=both")
+    assert result.outcomes == {"ann": "failed"}
     assert scripted.running() == {"ann"}
 
 
