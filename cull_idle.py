@@ -713,12 +713,15 @@ def parse_rule(text: str) -> Rule:
     if keep and limits:
         raise ValueError(f"{one_line(text)!r} has both keep and a limit, but keep means no limit: leave one out.")
     if not keep and not limits:
-        raise ValueError(f"{one_line(text)!r} sets nothing: it needs timeout=, max-age=, or keep; {RULE_HELP}.")
+        raise ValueError(
+            f"{one_line(text)!r} sets nothing: it needs timeout=, max-age=, or keep, and quotes around the whole rule;"
+            f" {RULE_HELP}."
+        )
     return Rule(printable(text), tuple(matches), limits.get("timeout"), limits.get("max-age"), keep)
 
 
 def parse_match(name: str, value: str) -> Match | None:
-    """Read a condition of a rule; None if it is not one."""
+    """Read a condition of a rule; None if it is not one. Raises ValueError for a value that it cannot have."""
     import fnmatch
 
     field_name, dot, key = name.partition(".")
@@ -726,7 +729,7 @@ def parse_match(name: str, value: str) -> Match | None:
     if field is None or bool(dot) != field.has_key or bool(key) != field.has_key:
         return None
     if field.allowed and value not in field.allowed:
-        return None
+        raise ValueError(f"{one_line(f'{name}={value}')!r}: {name}= is {' or '.join(field.allowed)}.")
     return Match(name, field, key, re.compile(fnmatch.translate(value)))
 
 
@@ -806,6 +809,8 @@ def load_arbiter(name: str) -> Arbiter:
     import inspect
 
     source, _, function_name = name.rpartition(":")
+    if not source or not function_name:
+        raise ValueError(f"{name!r} names no function: write MODULE:FUNC or FILE.py:FUNC.")
     try:
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location("cull_idle_arbiter", source)
@@ -913,7 +918,7 @@ def parse_fuse(text: str) -> Fuse:
     """Read a number or a percentage. Raises ValueError."""
     match = re.fullmatch(rf"({NUMBER})%|([0-9]+)", text.strip())
     if not match or float(match[1] or 0) > 100:
-        raise ValueError(f"{one_line(text, 40)!r} is neither a number, such as 20, nor a percentage, such as 10%.")
+        raise ValueError(f"{one_line(text, 40)!r} is neither a number, such as 20, nor 0% to 100%.")
     return Fuse(float(match[1] or match[2]), percent=bool(match[1]))
 
 
@@ -948,7 +953,7 @@ def parse_url(text: str) -> str:
     except ValueError:
         usable = False
     if not usable or not re.fullmatch("[!-~]+", text):
-        raise ValueError(f"{one_line(text)!r} is not a URL like http://127.0.0.1:8081/hub/api.")
+        raise ValueError(f"{one_line(text)!r} is not a URL: it begins with http:// or https://, and a host.")
     if url.username is not None or url.query or url.fragment:
         raise ValueError("the URL of a Hub has no user, no password, no ? and no #.")
     return f"{url.scheme}{text[len(url.scheme) :]}".rstrip("/")  # with the scheme in lower case
@@ -966,19 +971,22 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
     except ValueError as error:
-        hint = '; durations and texts need quotes, such as timeout = "1h"'
+        unquoted = str(error).startswith(("Invalid value", "Expected newline"))
+        hint = '; durations and texts need quotes, such as timeout = "1h"' if unquoted else ""
         raise click.BadParameter(f"{path} is not TOML: {one_line(str(error))}{hint}.", ctx, param) from None
     types = {field.name: field.metadata.get("type") for field in dataclasses.fields(Settings) if field.name != "config"}
     defaults: dict[str, str | list[str]] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
+        if isinstance(value, dict):
+            raise click.BadParameter(f"{path}: [{one_line(key, 40)}] is a section; options stand in none.", ctx, param)
         if name not in types:
             known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else "."
             raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}", ctx, param)
         if name == "rule":
             defaults[name] = [str(rule) for rule in (value if isinstance(value, list) else [value])]
-        elif isinstance(value, (dict, list)):
-            raise click.BadParameter(f"{path}: {key} must be one value, not a table or a list.", ctx, param)
+        elif isinstance(value, list):
+            raise click.BadParameter(f"{path}: {key} must be one value, not a list.", ctx, param)
         elif types[name] in (FILE_TYPE, DIRECTORY_TYPE) and not isinstance(value, str):
             raise click.BadParameter(f"{path}: {key} must be a text in quotes.", ctx, param)
         else:
@@ -1710,7 +1718,8 @@ class Hub:
     def _api_hint(self) -> str:
         if self.url.endswith("/hub/api"):
             return API_HINT
-        return f"{API_HINT}: try --url {self.url.removesuffix('/hub')}/hub/api"
+        base = re.sub(r"(?<!/)/hub(/.*)?$", "", self.url)  # without a page of the Hub, such as /hub/token
+        return f"{API_HINT}: try --url {base}/hub/api"
 
     def _request(
         self, method: str, path: str, query: Mapping[str, object] | None = None, body: object = None
@@ -1865,8 +1874,8 @@ def is_among(causes: Iterable[BaseException], *kinds: type[BaseException]) -> bo
 # ---- Scopes: what the token must be allowed to do, from JupyterHub 2.0 on
 
 
-def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
-    """The line of jupyterhub_config.py that gives the token's owner more scopes.
+def advice_on_scopes(identity: Identity, scopes: Sequence[str]) -> str:
+    """How to get more scopes: the line of jupyterhub_config.py that gives them to the token's owner.
 
     It is a role with a name of its own: a Hub does not start if a role is defined twice.
     """
@@ -1874,7 +1883,10 @@ def extra_role(identity: Identity, scopes: Sequence[str]) -> str:
 
     name = "-".join(["cull-idle", *scopes]).replace(":", "-")
     role = {"name": name, "scopes": list(scopes), f"{identity.kind}s": [identity.name]}
-    return f"c.JupyterHub.load_roles.append({json.dumps(role)})"
+    add = f"add to jupyterhub_config.py, and restart the Hub: c.JupyterHub.load_roles.append({json.dumps(role)})"
+    if identity.kind == "user":  # whose token may have been limited when it was made
+        return f"make a new token that may do this or, if {identity.name} may not do it at all, {add}"
+    return add
 
 
 def missing_scopes(identity: Identity, settings: Settings, *, to_cull: bool) -> list[str]:
@@ -1896,7 +1908,7 @@ def check_scopes(identity: Identity, settings: Settings) -> None:
     if missing := missing_scopes(identity, settings, to_cull=settings.changes_something):
         raise HubError(
             f"the token of {identity.kind} {identity.name} lacks {' and '.join(missing)};"
-            f" add to jupyterhub_config.py: {extra_role(identity, missing)}"
+            f" {advice_on_scopes(identity, missing)}"
         )
 
 
@@ -2710,8 +2722,7 @@ class Culler:
         """What helps against a refusal."""
         if answer.status == 401 or not self._identity:
             return TOKEN_HINT
-        role = extra_role(self._identity, [scope])
-        return f"the token needs the scope {scope}; add to jupyterhub_config.py: {role}"
+        return f"the token needs the scope {scope}; {advice_on_scopes(self._identity, [scope])}"
 
 
 def why_spared(verdict: Verdict) -> str:
@@ -3039,16 +3050,19 @@ def planned_events(findings: Findings) -> Iterator[Event]:
     yield from findings.warnings.values()
 
 
-def plan_caveats(findings: Findings, missing: Sequence[str], settings: Settings) -> Iterator[str]:
-    """Why a real pass would do less than planned. missing: the scopes that the token lacks for it."""
+def plan_caveats(findings: Findings, identity: Identity | None, settings: Settings) -> Iterator[str]:
+    """Why a real pass would do less than planned."""
     try:
         findings.check(settings.max_culls)
     except FuseBlownError as error:
         yield str(error)
     if findings.servers and settings.idle_by is IdleBy.BOTH:
         yield "--idle-by both asks each of them first, and spares those in use"
-    if missing and findings.due_count:
+    missing = missing_scopes(identity, settings, to_cull=True) if identity else []
+    if missing:
         yield f"the token lacks {' and '.join(missing)}: a real pass would stop nothing"
+    if identity and "delete:servers" not in identity.scopes and (narrow := identity.filtered("delete:servers")):
+        yield f"{' and '.join(narrow)} covers some users only: stopping the servers of others would fail"
 
 
 def show_plan(
@@ -3265,7 +3279,7 @@ def read_metrics(path: str) -> dict[str, float]:
         with open(path, errors="replace") as file:
             text = file.read()
     if text and not text.startswith("# HELP cull_idle_"):
-        raise ValueError("it belongs to another program, and is not overwritten")
+        raise ValueError("it is no file of this program, and is not overwritten")
     samples = re.findall(r"^(cull_idle_\S+) (-?\d+(?:\.\d+)?(?:e[+-]\d+)?)\n", text, re.MULTILINE)
     return {name: float(value) for name, value in samples}
 
@@ -3552,6 +3566,8 @@ def read_token(path: str | None) -> str:
     try:
         token = (read_token_file(path) if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
     except OSError as error:
+        if path and isinstance(error, FileNotFoundError) and re.fullmatch(r"[\w-]{20,}", path):
+            raise SettingsError("--token-file takes the name of a file, and this looks like a token.") from None
         why = error.strerror or error
         raise SettingsError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None
     if not token:
@@ -3733,8 +3749,7 @@ class Loop:
         """Scan, decide and show. Raises CullError."""
         kept: list[Decision[Server] | Decision[User]] = []
         findings = self._scan(context, result, self.log.kept if self.settings.json else kept.append)
-        missing = missing_scopes(self._identity, self.settings, to_cull=True) if self._identity else []
-        caveats = plan_caveats(findings, missing, self.settings)
+        caveats = plan_caveats(findings, self._identity, self.settings)
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
@@ -3901,8 +3916,10 @@ def warnings_about(settings: Settings) -> Iterator[str]:
                 f"{name} {format_duration(timeout)} may stop servers in use: a Hub refreshes last_activity"
                 " every 5m by default (JupyterHub.last_activity_interval); set at least 5m30s"
             )
-    once = settings.once or settings.dry_run or settings.explain is not None
-    if settings.warn_before and not once and settings.interval > settings.warn_before:
+    if not settings.cull_users and not (settings.user_timeout is None and settings.user_max_age is None):
+        yield "--user-timeout and --user-max-age do nothing without --cull-users"
+    is_loop = settings.changes_something and not settings.once
+    if settings.warn_before and is_loop and settings.interval > settings.warn_before:
         yield (
             f"--cull-every {format_duration(settings.interval)} is longer than --warn-before"
             f" {format_duration(settings.warn_before)}: some servers will be stopped without a warning"
@@ -3923,7 +3940,8 @@ def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -
 
     if not wanted:
         return
-    click.echo("# Options of cull_idle.py: remove the # before a name to set it. The command line and variables win.")
+    click.echo("# Options of cull_idle.py: remove the # before a name to set it; after ## also write a value for the …")
+    click.echo("# The command line and variables win.")
     for field in dataclasses.fields(Settings):
         attrs = field.metadata
         if field.name == "config":

@@ -200,6 +200,13 @@ def test_so_is_a_timeout_of_a_rule(cull: Cull, settings_of: SettingsOf) -> None:
     assert "1m" in line
 
 
+@pytest.mark.parametrize("limit", ["--user-timeout=1d", "--user-max-age=1d"])
+def test_limits_of_users_who_are_never_deleted_are_a_warning(cull: Cull, settings_of: SettingsOf, limit: str) -> None:
+    (line,) = cull(limit).warnings
+    assert limit.partition("=")[0] in line
+    assert cull(limit, "--cull-users").warnings == []
+
+
 @pytest.mark.parametrize(("flags", "warned"), [([], True), (["--once"], False), (["--dry-run"], False)])
 def test_passes_too_rare_to_warn_of_every_stop_are_a_warning(
     cull: Cull, settings_of: SettingsOf, flags: list[str], warned: bool

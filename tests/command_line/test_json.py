@@ -338,6 +338,18 @@ def test_a_dry_run_logs_what_is_kept_and_why_a_real_pass_would_do_less(
     assert lacks == "WARNING  the token lacks delete:servers: a real pass would stop nothing"
 
 
+def test_a_first_look_says_what_is_missing_though_nothing_is_due(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.scopes = ["list:users", "read:users:activity", "read:servers"]
+    assert any("the token lacks delete:servers" in line for line in cull_scripted("--dry-run").table)
+
+
+def test_a_dry_run_says_that_a_narrow_scope_covers_some_users_only(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers!group=gpu"]
+    (line,) = [line for line in cull_scripted("--dry-run", "--timeout=1h").table if line.startswith("But ")]
+    assert line.startswith("But delete:servers!group=gpu covers some users only: ")
+
+
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["once", "dry run"])
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_printed_as_the_hub_has_it(

@@ -154,7 +154,7 @@ def test_an_arbiter_that_quotes_the_token_while_it_is_loaded_shows_it_to_nobody(
     assert "ValueError: no login with …" in result.err
 
 
-@pytest.mark.parametrize("name", ["nonsense", "no_such_module:f", ":f", "os:", "x.py"])
+@pytest.mark.parametrize("name", ["nonsense", "no_such_module:f", ":f", "os:", "x.py", "/etc/arbiter.py"])
 def test_a_text_that_names_no_arbiter_gets_a_sentence(cull: Cull, name: str) -> None:
     result = cull(f"--arbiter={name}")
     assert result.exit_code == 2
