@@ -126,7 +126,7 @@ class TryAgain(HubError):
 
 
 class TooMuchData(HubError):
-    """An answer is too large, or nested too deeply, to be parsed. A smaller part of it may do."""
+    """An answer is too large, or nested too deeply, to be parsed. A smaller page may work."""
 
 
 LONGEST_TEXT = 520  # characters of a name or message that one line shows; user and server have up to 255 each
@@ -366,8 +366,7 @@ def parse_servers(model: object) -> list[Server]:
         # JupyterHub 0.6 to 0.8 without named servers: the user's own keys describe the default server.
         exists = model["server"] or model.get("pending")
         return [parse_server(name, "", {"url": model["server"]}, model)] if exists else []
-    doubt = "its servers are not shown; the token needs the scope read:servers"
-    return [Server(name, "", False, "", None, None, doubt, {}, model)]
+    return [server_in_doubt(name, "", "its servers are not shown; the token needs the scope read:servers")]
 
 
 def name_of(model: object) -> str:
@@ -378,15 +377,20 @@ def name_of(model: object) -> str:
 
 def named_model(model: object) -> dict[str, Any]:
     """Return the user model if it is a JSON object with a name. Raises ValueError."""
-    if isinstance(model, dict) and isinstance(name := model.get("name"), str) and name:
+    if isinstance(model, dict) and name_of(model):
         return model
     raise ValueError("answered a user without a name")
+
+
+def server_in_doubt(user: str, name: str, doubt: str) -> Server:
+    """A server of which no more is understood. It has no models, because no rule and no arbiter decides about it."""
+    return Server(user, name, False, "", None, None, doubt, {}, {})
 
 
 def parse_server(user: str, name: str, model: object, user_model: Mapping[str, object]) -> Server:
     """Turn a server model, with the user model around it, into values."""
     if not isinstance(model, dict):
-        return Server(user, name, False, "", None, None, "its model is not a JSON object", {}, user_model)
+        return server_in_doubt(user, name, "its model is not a JSON object")
     if "ready" not in model and "pending" not in model and "last_activity" not in model:
         # JupyterHub 0.6 to 0.8: `url` is set once the server is ready; all else is known of the user only.
         model = {
@@ -401,9 +405,9 @@ def parse_server(user: str, name: str, model: object, user_model: Mapping[str, o
         last_activity = parse_time(model["last_activity"]) or started  # null until the first activity
         ready, pending = model["ready"], model["pending"]
     except ValueError as error:
-        return Server(user, name, False, "", None, None, f"started or last_activity: {error}", model, user_model)
+        return server_in_doubt(user, name, f"started or last_activity: {error}")
     except KeyError as key:
-        return Server(user, name, False, "", None, None, f"{key.args[0]} is missing", model, user_model)
+        return server_in_doubt(user, name, f"{key.args[0]} is missing")
     if last_activity is None:
         doubt = "neither last_activity nor started is known"
     elif not isinstance(ready, bool):
@@ -485,7 +489,7 @@ class Verdict(NamedTuple):
         says = f", {self.source.value}" if self.source is Source.SERVER else ""
         return f"{what} {short(self.idle)} ago{says}"
 
-    def kept(self, why: str) -> Verdict:
+    def keep_because(self, why: str) -> Verdict:
         """The same figures, but kept, for this reason."""
         return self._replace(cull=False, decided_by="", why=why)
 
@@ -524,15 +528,15 @@ def judge_server(server: Server, policy: Policy, now: datetime) -> Verdict:
         return keep_in_doubt(server.doubt)
     verdict = compare_with_limits(server.last_activity, server.started, policy, now, server.source)
     if server.pending:
-        return verdict.kept(f"pending {one_line(server.pending, 20)}")
+        return verdict.keep_because(f"pending {one_line(server.pending, 20)}")
     if not server.ready:
-        return verdict.kept("not ready")
+        return verdict.keep_because("not ready")
     if server.name and not policy.named_servers:
-        return verdict.kept("named servers are not culled")
+        return verdict.keep_because("named servers are not culled")
     if not server.name and not policy.default_servers:
-        return verdict.kept("default servers are not culled")
+        return verdict.keep_because("default servers are not culled")
     if policy.kept_by:
-        return verdict.kept(policy.kept_by)
+        return verdict.keep_because(policy.kept_by)
     return verdict
 
 
@@ -542,18 +546,18 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
         return keep_in_doubt(user.doubt)
     verdict = compare_with_limits(user.last_activity, user.created, policy, now)
     if user.admin and not policy.admins:
-        return verdict.kept("admins are not deleted")
+        return verdict.keep_because("admins are not deleted")
     if policy.kept_by:
-        return verdict.kept(policy.kept_by)
+        return verdict.keep_because(policy.kept_by)
     return verdict
 
 
 def due_within(
     server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
 ) -> tuple[datetime, Verdict] | None:
-    """When a server that is kept at `now` will be due if nothing happens, and its verdict with the limit of that time.
+    """When a kept server becomes due if nothing happens, and its verdict with the limit that it then reaches.
 
-    None if that is not within the given time.
+    None if that is later than `within` from now.
     """
     if not judge_server(server, policy, now + within).cull:
         return None
@@ -571,7 +575,7 @@ class OwnActivity(NamedTuple):
 
 
 def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
-    """The server with the last activity that counts by --idle-by. It cannot have been idle for longer than it runs."""
+    """The server with the last activity that --idle-by counts, no earlier than its start."""
     if own.source is Source.NO_ANSWER:
         return server._replace(source=own.source)
     age = max(now - (server.started or server.last_activity or now), ZERO)
@@ -582,7 +586,7 @@ def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: da
 
 
 def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
-    """True if the server's answer can decide: it is due if idle since its start, and kept if active now."""
+    """True if the verdict depends on the server's answer: due if idle since its start, kept if active now."""
     idle = server._replace(last_activity=server.started or server.last_activity)
     active = server._replace(last_activity=now)
     return judge_server(idle, policy, now).cull and not judge_server(active, policy, now).cull
@@ -684,18 +688,22 @@ class Rule(NamedTuple):
         return default._replace(timeout=timeout, max_age=max_age)
 
 
-def parse_rule(text: str) -> Rule:
-    """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError with a sentence that names the wrong word."""
+def split_words(text: str) -> list[str]:
+    """Split a text like a shell. Raises ValueError with a sentence."""
     import shlex
 
     try:
-        words = shlex.split(text)
+        return shlex.split(text)
     except ValueError as error:
         raise ValueError(f"{one_line(text)!r}: {error}.") from None
+
+
+def parse_rule(text: str) -> Rule:
+    """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError with a sentence that names the wrong word."""
     matches: list[Match] = []
     limits: dict[str, timedelta] = {}
     keep = False
-    for word in words:
+    for word in split_words(text):
         name, equals, value = word.partition("=")
         if name == "max_age":
             name = "max-age"
@@ -736,20 +744,20 @@ def parse_match(name: str, value: str) -> Match | None:
 class Policies:
     """Finds the policy for a server or user: that of the first rule that applies, else that of the options.
 
-    Most servers differ only in their user's name. So the rules that match all other fields are remembered by the
-    values of these fields, and only the globs for names are tried for each server.
+    Most servers differ only in their user's name. So for each combination of values of the other fields, the rules
+    that match are remembered; for each server, only their globs for the user's name are tried.
     """
 
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
         self.default = default
-        # One match of each field but the user's name. They differ in their globs, not in the values they look at.
+        # One match of each field but the user's name: matches of one field read the same values, whatever their globs.
         self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
 
     def find(self, target: Server | User) -> Policy:
         """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
-        if not self._rules:
+        if not self._rules or target.doubt:  # kept in any case, and its model may lack what a rule matches
             return self.default
         values = tuple(match.values(target) for match in self._fields.values())
         candidates = self._remembered.get(values)
@@ -851,7 +859,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
             user=server.user_model,
         )
     except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
-        return verdict.kept(f"the arbiter failed: {describe(error)}")._replace(in_doubt=True)
+        return verdict.keep_because(f"the arbiter failed: {describe(error)}")._replace(in_doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
     return verdict._replace(cull=cull, decided_by="", why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
 
@@ -924,13 +932,9 @@ def parse_fuse(text: str) -> Fuse:
 
 def parse_command(text: str) -> tuple[str, ...]:
     """Split a command like a shell. Raises ValueError if that fails, or its program does not exist."""
-    import shlex
     import shutil
 
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"{one_line(text)!r}: {error}.") from None
+    words = tuple(split_words(text))
     if not words or "\0" in text or not shutil.which(words[0]):
         raise ValueError(f"{one_line(words[0] if words else text)!r} is not a program that can be run.")
     return words
@@ -1242,6 +1246,9 @@ class Settings:
         return ClientCertificate(f"{base}.key", f"{base}.crt", f"{self.internal_certs_location}/hub-ca/hub-ca.crt")
 
 
+# ---- The judge: options, rules and arbiter together
+
+
 class Judge:
     """Decides by options, rules and arbiter. Every method raises UnreadableError."""
 
@@ -1272,8 +1279,6 @@ class Judge:
 
     def decide(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server."""
-        if server.doubt:  # its model may lack what a rule matches
-            return keep_in_doubt(server.doubt)
         policy = self.server_policies.find(server)
         if self._arbiter:
             return judge_with_arbiter(server, policy, self._arbiter, now)
@@ -1285,8 +1290,6 @@ class Judge:
 
     def worth_asking(self, server: Server, now: datetime) -> bool:
         """True if the answer of a server can decide."""
-        if server.doubt:
-            return False
         policy = self.server_policies.find(server)
         if self._arbiter:  # nobody knows from which idle time on it says cull
             policy = policy._replace(timeout=Limit(timedelta.resolution))
@@ -1296,8 +1299,6 @@ class Judge:
         self, server: Server, verdict: Verdict, now: datetime, within: timedelta
     ) -> tuple[datetime, Verdict] | None:
         """When a kept server will be due, with the limit that it will reach. None if not within that time."""
-        if server.doubt:
-            return None
         policy = self.server_policies.find(server)
         if self._arbiter:  # nobody knows what it will say
             policy = policy._replace(timeout=Limit(NEVER))
@@ -1603,7 +1604,7 @@ class Hub:
         return page
 
     def user(self, name: str) -> UserNow | None:
-        """Read one user. None if something other than the Hub answers, such as an ingress, or cannot do this.
+        """Read one user. None if the answer is not the Hub's own, or the API has no such request.
 
         Only the Hub itself can say that there is no such user.
         """
@@ -1778,7 +1779,7 @@ PROBES = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
 
 
 def risky_codes(name: str) -> list[str]:
-    """The codes in a name's segment that would change the path if a proxy decoded them; %3F stands for # and % too."""
+    """The codes in a name's segment that would change the path if a proxy decoded them. # and % are probed like ?."""
     if name in (".", ".."):
         return ["%2E"]
     codes = ["%2F"] if "/" in name else []
@@ -1927,7 +1928,7 @@ class NoAnswer(Exception):
 class WrongAddress(HubError):
     """No server is where --servers-url leads, or one hostile server makes it look so.
 
-    Culler keeps such a server: while the proxy is down, the Hub's word alone would stop servers that compute.
+    Culler keeps the server: by the Hub's word alone, an outage of the proxy would stop busy servers.
     """
 
 
@@ -1942,7 +1943,7 @@ class Asker:
 
     def __init__(self, hub: Hub, settings: Settings, *, address_is_right: bool) -> None:
         self.address_is_right = address_is_right  # a Jupyter server has answered there
-        self.answers: dict[tuple[str, str], Source] = {}  # the last of each server
+        self.sources: dict[tuple[str, str], Source] = {}  # of the last answer of each server
         self.first_problem = ""  # why a server gave no answer
         self._hub = hub
         self._settings = settings
@@ -1981,7 +1982,7 @@ class Asker:
         except NoAnswer as error:
             own = OwnActivity(Source.NO_ANSWER)
             self.first_problem = self.first_problem or f"{server.full_name} {error}"
-        self.answers[server.user, server.name] = own.source
+        self.sources[server.user, server.name] = own.source
         return own
 
     def _ask(self, server: Server) -> OwnActivity:
@@ -2302,7 +2303,7 @@ class Findings:
     doubts: int = 0
     first_doubt: str = ""
     hub_time: datetime | None = None  # the Hub's clock at the last page
-    hub_time_read: float = 0  # time.monotonic() when that page was requested
+    hub_time_requested: float = 0  # time.monotonic() when that page was requested
 
     @property
     def due_count(self) -> int:
@@ -2322,7 +2323,7 @@ class Findings:
         """
         if self.hub_time is None:
             return now
-        return min(now, self.hub_time + timedelta(seconds=time.monotonic() - self.hub_time_read))
+        return min(now, self.hub_time + timedelta(seconds=time.monotonic() - self.hub_time_requested))
 
 
 class Scan:
@@ -2362,7 +2363,7 @@ class Scan:
             self._count_doubt("the user list", page.problem)
             return
         findings, cull_users = self._findings, self._settings.cull_users
-        findings.hub_time, findings.hub_time_read = page.now, page.requested
+        findings.hub_time, findings.hub_time_requested = page.now, page.requested
         asked = self._ask_servers(page, self._asker) if self._asker else {}
         for position, model in enumerate(page.models, page.offset):
             try:
@@ -2374,8 +2375,7 @@ class Scan:
             findings.users_listed += 1
             all_due = True
             for server in servers:
-                with_answer = asked.get((server.user, server.name), server) if asked else server
-                all_due &= self._decide_server(with_answer, page.now, position)
+                all_due &= self._decide_server(asked.get((server.user, server.name), server), page.now, position)
             if user and all_due:
                 self._decide_user(user, page.now, position)
 
@@ -2479,8 +2479,8 @@ class OwnStops:
         if at and at <= stopped and at != self._before.get((user.name, server_name)):
             self._caused.setdefault(user.name, set()).add(at)
 
-    def leave_out(self, user: User) -> User:
-        """The user, last active when they themselves last did something."""
+    def without_own_stops(self, user: User) -> User:
+        """The user with the last activity that our stops did not cause."""
         seen = {*self._seen.get(user.name, ()), user.last_activity} - self._caused.get(user.name, set())
         return user._replace(last_activity=max((at for at in seen if at), default=user.last_activity))
 
@@ -2587,7 +2587,7 @@ class Culler:
         server, verdict, _ = decision
         event = Event(server, Outcome.SPARED, "", verdict)
         self._hub.check_names(server.name)  # before the look, so that the DELETE comes right after it
-        user, now = self._find_user(server.user, decision)
+        user, now = self._find_user(server.user, decision.position)
         if user is None:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
         fresh = user.server_or_doubt(server.name)
@@ -2604,9 +2604,7 @@ class Culler:
         if fresh.started != server.started:
             return event._replace(reason="it was restarted")
         verdict = self._ask_and_decide(fresh, self._findings.plausible(now))
-        if not verdict.cull:
-            return Event(server, Outcome.SPARED, why_spared(verdict), verdict)
-        return Event(server, Outcome.DUE, verdict.reason, verdict)
+        return second_look(server, verdict)
 
     def _ask_and_decide(self, server: Server, now: datetime) -> Verdict:
         """Decide about a server, and ask it first if --idle-by says so. `both` asks only what the Hub calls idle."""
@@ -2634,7 +2632,7 @@ class Culler:
         if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or started again
             return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
-            user, _ = self._find_user(server.user, decision)
+            user, _ = self._find_user(server.user, decision.position)
             if user is None or (answer.status == 404 and not user.server_or_doubt(server.name)):
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
@@ -2643,7 +2641,7 @@ class Culler:
         """Look at a user who may be deleted, right after a stop. Without that, the stop counts as an activity."""
         if decision.target.user in self._findings.users:
             with contextlib.suppress(HubError):
-                user, _ = self._find_user(decision.target.user, decision)
+                user, _ = self._find_user(decision.target.user, decision.position)
                 if user:
                     self._own_stops.see_after_stop(user, decision.target.name, stopped)
 
@@ -2658,7 +2656,7 @@ class Culler:
         """Decide about a user again, without the activity of our own stops."""
         user, verdict, _ = decision
         event = Event(user, Outcome.SPARED, "", verdict)
-        fresh, now = self._find_user(user.name, decision)
+        fresh, now = self._find_user(user.name, decision.position)
         if fresh is None and user.name in self._deletes_sent:
             return event._replace(outcome=Outcome.CULLED, reason=f"{verdict.reason}; {ANSWER_LOST}")
         if fresh is None:
@@ -2667,10 +2665,8 @@ class Culler:
             return event._replace(reason="a server is there again")
         if fresh.created != user.created:
             return event._replace(reason="the user was created anew")
-        verdict = self._judge.decide_user(self._own_stops.leave_out(fresh), self._findings.plausible(now))
-        if not verdict.cull:
-            return Event(user, Outcome.SPARED, why_spared(verdict), verdict)
-        return Event(user, Outcome.DUE, verdict.reason, verdict)
+        verdict = self._judge.decide_user(self._own_stops.without_own_stops(fresh), self._findings.plausible(now))
+        return second_look(user, verdict)
 
     def _delete_user(self, decision: Decision[User], event: Event) -> Event:
         self._deletes_sent.add(decision.target.name)
@@ -2682,12 +2678,12 @@ class Culler:
         if answer.status == 400 and answer.error:  # a server is stopping, or the user owns the token
             return event._replace(outcome=Outcome.SPARED, reason=f"the Hub {answer}")
         if answer.status == 500 or (answer.status == 404 and answer.error):
-            user, _ = self._find_user(decision.target.name, decision)
+            user, _ = self._find_user(decision.target.name, decision.position)
             if user is None:
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "admin:users", "delete:users")
 
-    def _find_user(self, name: str, decision: Decision[Server] | Decision[User]) -> UserNow:
+    def _find_user(self, name: str, position: int) -> UserNow:
         """Read one user; where that is not possible, find the user in the user list.
 
         Users who have left the list since the scan have moved this one forward.
@@ -2696,7 +2692,7 @@ class Culler:
         if found:
             return found
         size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
-        start = max(decision.position - size // 2, 0)  # not just there: a few users may have come before this one
+        start = max(position - size // 2, 0)  # not just there: a few users may have come before this one
         for offset in [*range(start, 0, -size), 0]:
             page = self._hub.page(offset, size=size, ready_only=not self._settings.cull_users)
             for model in page.models:
@@ -2725,9 +2721,12 @@ class Culler:
         return f"the token needs the scope {scope}; {advice_on_scopes(self._identity, [scope])}"
 
 
-def why_spared(verdict: Verdict) -> str:
-    """Why the second look spares what the scan found due."""
-    return verdict.activity if verdict.decided_by == "idle" else verdict.reason
+def second_look(target: Server | User, verdict: Verdict) -> Event:
+    """What the second look decides about something that the scan found due."""
+    if verdict.cull:
+        return Event(target, Outcome.DUE, verdict.reason, verdict)
+    why = verdict.activity if verdict.decided_by == "idle" else verdict.reason
+    return Event(target, Outcome.SPARED, why, verdict)
 
 
 # ---- What a pass came to
@@ -2771,7 +2770,7 @@ class PassResult:
 
     def add_answers(self, asker: Asker) -> None:
         """Count the servers that were asked."""
-        answers = Counter(asker.answers.values())
+        answers = Counter(asker.sources.values())
         self.asked = answers.total()
         self.busy, self.no_answer = answers[Source.BUSY_KERNEL], answers[Source.NO_ANSWER]
 
@@ -3043,10 +3042,9 @@ class Row(NamedTuple):
 
 def planned_events(findings: Findings) -> Iterator[Event]:
     """What is due, and what will be soon."""
-    for decision in findings.servers.values():
+    due: list[Decision[Server] | Decision[User]] = [*findings.servers.values(), *findings.users.values()]
+    for decision in due:
         yield Event(decision.target, Outcome.PLANNED, decision.verdict.reason, decision.verdict)
-    for user in findings.users.values():
-        yield Event(user.target, Outcome.PLANNED, user.verdict.reason, user.verdict)
     yield from findings.warnings.values()
 
 
@@ -3481,11 +3479,9 @@ def explain_server(context: PassContext, user: User, name: str, now: datetime) -
     pending = f", pending {one_line(server.pending, 20)}" if server.pending else ""
     yield "ready", "unknown" if server.doubt else f"{ready}{pending}"
     yield from explain_times(server.last_activity, "started", server.started, verdict)
-    policy = judge.server_policies.default
     if not server.doubt:  # else its model may lack what a rule matches
         yield from explain_rules(server, judge.rules)
-        policy = judge.server_policies.find(server)
-    yield from explain_limits(policy, server.last_activity, server.started, now)
+    yield from explain_limits(judge.server_policies.find(server), server.last_activity, server.started, now)
     if settings.arbiter:
         yield "arbiter", "decides in place of the timeout"
     yield "verdict", f"{f'would be {WOULD_BE[action(server, settings)]}' if verdict.cull else 'kept'}: {verdict.reason}"
@@ -3500,7 +3496,7 @@ def explain_user(user: User, judge: Judge, now: datetime) -> Iterator[tuple[str,
     yield from explain_limits(judge.user_policies.find(user), user.last_activity, user.created, now)
     staying = [server.full_name for server in user.servers if not judge.decide(server, now).cull]
     if verdict.cull and staying:
-        verdict = verdict.kept(f"{', '.join(staying)} would not be stopped")
+        verdict = verdict.keep_because(f"{', '.join(staying)} would not be stopped")
     when = " once no server is left" if user.servers else ""
     yield "verdict", f"{f'would be deleted{when}' if verdict.cull else 'kept'}: {verdict.reason}"
 
@@ -3683,7 +3679,7 @@ class Loop:
 
     def explain(self, name: str) -> Exit:
         """Explain one decision. Raises CullError."""
-        with self._open_hub() as hub:
+        with Hub(self._token, self.settings) as hub:
             self._check_scopes(hub)
             with self._open_asker(hub) as asker:
                 print_facts(explanation(self._context(hub, asker), name))
@@ -3694,7 +3690,7 @@ class Loop:
         began = time.monotonic()
         result = PassResult(self.settings.dry_run)
         try:
-            with self._open_hub() as hub:
+            with Hub(self._token, self.settings) as hub:
                 self._check_scopes(hub)
                 with self._open_asker(hub, result) as asker:
                     context = self._context(hub, asker)
@@ -3823,9 +3819,6 @@ class Loop:
         if problem and problem != self._token_problem:
             self.log.say("warning", f"{problem} The last token stays in use.")
         self._token_problem = problem
-
-    def _open_hub(self) -> Hub:
-        return Hub(self._token, self.settings)
 
     def _check_scopes(self, hub: Hub) -> None:
         """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""
