@@ -2042,13 +2042,12 @@ class Asker:
         if status == 200 or (status == 404 and optional):
             content = body if status == 200 else b"[]"
             return Answer(status, content, parse_http_date(response.headers.get("Date")))
-        # The Hub's own port redirects to the Hub. So does the proxy if a server is gone, and so may a hostile server.
-        # An ingress that wants https: redirects to the same path.
-        same_path = where.partition("?")[0].endswith("/" + url.split("/", 3)[3])
-        redirected = 300 <= status < 400 and (same_path or "/hub/user/" in where)
+        # The Hub's own port redirects to /hub/user/…, an ingress that wants https: to the same path. So does the proxy
+        # if a server is gone, and so may a hostile server.
+        redirected = 300 <= status < 400 and where.partition("?")[0].endswith("/" + url.split("/", 3)[3])
         if (redirected or status in (401, 403)) and not self.address_is_right:
-            to = "the Hub" if "/hub/user/" in where else "https:"
-            what = f"leads to {to}" if redirected else f"answered {status} to a token made for it"
+            to_token = " to a token made for it" if token else ""
+            what = "is redirected, to the Hub or to https:" if redirected else f"answered {status}{to_token}"
             raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
         raise NoAnswer(f"answered {status}")
 

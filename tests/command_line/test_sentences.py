@@ -22,12 +22,14 @@ import pytest
 from processes import PROGRAM
 from runs import Cull, Result, RunLoop
 from scripted_hub import (
+    ALL_SCOPES,
     DROP,
     HOUR,
     LEAST_SCOPES,
     LONG_AGO,
     Answer,
     Exchange,
+    FakeJupyter,
     Reply,
     ScriptedHub,
     and_do,
@@ -1055,6 +1057,41 @@ BLOWN = (
     "nothing is culled, because 1 of 1 servers are due and --max-culls is 0;"
     " look at them with --dry-run, and raise --max-culls if they should go"
 )
+
+
+SERVERS_HINT = (
+    "--servers-url must be what comes before /user/… in the address of a server: the proxy, not the Hub's own port"
+)
+
+
+def test_servers_that_give_no_answer(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.scopes = [*ALL_SCOPES, "tokens"]
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=LONG_AGO, age=3 * HOUR, says=FakeJupyter())
+    scripted.fault("GET", "/user/ann/.*", respond(503), times=None)
+    assert cull_scripted("--timeout=1h", "--idle-by=both").warnings == [
+        "WARNING  1 of 2 servers asked gave no answer, so the Hub's word counts; the first: ann answered 503"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (html(), " is not the API of a JupyterHub"),
+        (respond(404), " answered 404"),
+        (redirect("https://hub.example.org/hub/api"), " is redirected, to the Hub or to https:"),
+        (respond(403), " answered 403"),
+    ],
+)
+def test_an_address_that_leads_to_no_servers(
+    cull_scripted: Cull, scripted: ScriptedHub, answer: Reply, why: str
+) -> None:
+    scripted.scopes = [*ALL_SCOPES, "tokens"]
+    with ScriptedHub() as proxy:
+        proxy.fault("GET", ".*", answer, times=None)
+        url = f"http://127.0.0.1:{proxy.port}"
+        result = cull_scripted("--timeout=1h", "--idle-by=both", "--servers-url", url)
+    assert result.errors == [f"ERROR    servers cannot be asked: GET {url}/hub/api{why}; {SERVERS_HINT}"]
 
 
 def test_a_fuse_that_blows(cull_scripted: Cull, scripted: ScriptedHub) -> None:

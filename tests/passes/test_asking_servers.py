@@ -98,6 +98,9 @@ def total(result: Result) -> dict[str, Any]:
         (FakeJupyter(ago(LONG_AGO), [idle(10, execution_state="idle")]), "both server kernels"),
         (FakeJupyter(ago(LONG_AGO), [idle(LONG_AGO, execution_state="idle"), BUSY]), "both server kernels"),
         (FakeJupyter(ago(LONG_AGO), [], [idle(10)]), "both server kernels"),
+        (FakeJupyter(ago(LONG_AGO), [idle(LONG_AGO)], [idle(LONG_AGO), idle(10)]), "both server kernels"),
+        (FakeJupyter(ago(LONG_AGO), [idle(LONG_AGO), idle(10), idle(LONG_AGO)]), "both server kernels"),
+        (FakeJupyter(ago(10), [idle(LONG_AGO)], [idle(LONG_AGO)]), "both server"),
         (FakeJupyter(ago(LONG_AGO), [idle(LONG_AGO, execution_state="starting")], [idle(LONG_AGO)]), ""),
         (FakeJupyter("2999-01-01T00:00:00Z"), "both server"),
         (FakeJupyter(ago(LONG_AGO), [], [idle(-LONG_AGO)]), "both server kernels"),
@@ -246,6 +249,7 @@ def test_a_server_costs_at_most_five_requests(
     tokens = [request for request in scripted.requests if "tokens" in request.segments]
     assert len(tokens) + len(asked(scripted)) == most
     assert all(request.query == {"no_track_activity": "1"} for request in asked(scripted))
+    assert all(request.headers["accept-encoding"] == "identity" for request in asked(scripted))
 
 
 @pytest.mark.parametrize("mode", ["both", "server"])
@@ -516,6 +520,22 @@ def test_a_connection_that_is_lost_once_hides_no_busy_kernel(
     assert scripted.running() == {"ann"}
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("mode", ["both", "server"])
+def test_where_every_server_refuses_its_token_nothing_is_stopped(
+    cull_asking: Cull, scripted: ScriptedHub, mode: str, status: int
+) -> None:
+    """The address is that of another Hub's proxy."""
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("GET", "/user/.*", respond(status), times=None)
+    result = cull_asking("--idle-by", mode)
+    assert result.exit_code == 3
+    assert f"answered {status} to a token made for it" in result.err
+    assert "--servers-url" in result.err
+    assert scripted.running() == {"ann", "bob"}
+
+
 def to_https(exchange: Exchange) -> Answer:
     return redirect(f"https://hub.example.org{exchange.request.target}", 308)(exchange)
 
@@ -577,13 +597,22 @@ def test_a_hub_that_is_too_old_makes_no_token(cull_asking: Cull, scripted: Scrip
 
 
 @pytest.mark.parametrize("mode", ["both", "server"])
-@pytest.mark.parametrize(("version", "exit_code"), [("3.1.1", 3), ("4.1.6", 3), ("5.0.0", 0), ("6.1.1", 0)])
+@pytest.mark.parametrize(
+    ("version", "scope", "exit_code"),
+    [
+        ("3.1.1", "tokens!group=students", 3),
+        ("4.1.6", "tokens!group=students", 3),
+        ("4.1.6", "tokens", 0),
+        ("5.0.0", "tokens!group=students", 0),
+        ("6.1.1", "tokens!group=students", 0),
+    ],
+)
 def test_where_a_filtered_scope_of_a_service_covers_nobody_nothing_is_stopped(
-    cull_asking: Cull, scripted: ScriptedHub, version: str, exit_code: int, mode: str
+    cull_asking: Cull, scripted: ScriptedHub, version: str, scope: str, exit_code: int, mode: str
 ) -> None:
     """JupyterHub 3 and 4 refuse each token, so a busy server would be stopped by the Hub's word."""
     scripted.version = version
-    scripted.scopes = [*ALL_SCOPES, "tokens!group=students"]
+    scripted.scopes = [*ALL_SCOPES, scope]
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
     result = cull_asking("--idle-by", mode)
     assert result.exit_code == exit_code
