@@ -2030,10 +2030,10 @@ class Asker:
             response, body = self._send(f"{url}?no_track_activity=1", headers)
         except (OSError, ValueError, exceptions.HTTPError) as error:
             causes = causes_of(error)
-            # Only these come from the server, or from the proxy for it. All else is this machine's, or the address's.
-            of_server = is_among(causes, exceptions.ProtocolError, exceptions.ReadTimeoutError, TimeoutError)
             unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyError)
-            if not of_server or is_among(causes, exceptions.SSLError, *unreachable):
+            not_sent = is_among(causes, exceptions.SSLError, exceptions.LocationValueError, *unreachable)
+            # Whatever is wrong with an answer is an HTTPError of urllib3. All else is wrong on this machine.
+            if not_sent or not is_among(causes, exceptions.HTTPError, TimeoutError):
                 raise WrongAddress(f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}") from None
             raise NoAnswer(f"gave no whole answer ({type(causes[-1]).__name__})") from None
         if len(body) > LARGEST_SERVER_ANSWER:
@@ -3561,7 +3561,7 @@ def read_token(path: str | None) -> str:
     try:
         token = (read_token_file(path) if path else os.environ.get("JUPYTERHUB_API_TOKEN", "")).strip()
     except OSError as error:
-        if path and isinstance(error, FileNotFoundError) and re.fullmatch(r"[\w-]{20,}", path):
+        if path and isinstance(error, FileNotFoundError) and re.fullmatch("[0-9a-f]{32,}", path):
             raise SettingsError("--token-file takes the name of a file, and this looks like a token.") from None
         why = error.strerror or error
         raise SettingsError(f"{source} cannot be read: {why}; it must be a file that this user may read.") from None

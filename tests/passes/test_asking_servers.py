@@ -5,6 +5,7 @@ The scripted Hub is its own proxy here: what is below /user/ goes to servers.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -427,6 +428,17 @@ def test_a_hostile_server_is_judged_by_the_hubs_word_and_alone(
     assert result.exit_code == 0
     assert scripted.running() == {"cat"}
     assert [total(result)[what] for what in ("asked", "busy", "no_answer", "failed")] == [3, 1, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib3 leaves a socket open then
+def test_a_hostile_server_with_two_lengths_is_judged_by_the_hubs_word(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    for name in ("ann", "bob"):
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter())
+    two_lengths = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1, 2\r\n\r\n[]")
+    scripted.fault("GET", "/user/ann/.*", two_lengths, times=None)
+    assert cull_asking("--idle-by=both").exit_code == 0
+    assert scripted.running() == set()
+    gc.collect()
 
 
 def test_a_redirect_is_not_followed(cull_asking: Cull, scripted: ScriptedHub, elsewhere: ScriptedHub) -> None:
