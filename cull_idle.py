@@ -383,7 +383,7 @@ def named_model(model: object) -> dict[str, Any]:
 
 
 def server_in_doubt(user: str, name: str, doubt: str) -> Server:
-    """A server of which no more is understood. It has no models, because no rule and no arbiter decides about it."""
+    """A server that is kept because its model is not understood. Rules and arbiter never see it: it has no models."""
     return Server(user, name, False, "", None, None, doubt, {}, {})
 
 
@@ -756,7 +756,10 @@ class Policies:
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
 
     def find(self, target: Server | User) -> Policy:
-        """The policy for a server or user. Raises UnreadableError if the Hub does not show what a rule matches."""
+        """The policy for a server or user; for one in doubt, that of the options.
+
+        Raises UnreadableError if the Hub does not show what a rule matches.
+        """
         if not self._rules or target.doubt:  # kept in any case, and its model may lack what a rule matches
             return self.default
         values = tuple(match.values(target) for match in self._fields.values())
@@ -957,7 +960,7 @@ def parse_url(text: str) -> str:
     except ValueError:
         usable = False
     if not usable or not re.fullmatch("[!-~]+", text):
-        raise ValueError(f"{one_line(text)!r} is not a URL: it begins with http:// or https://, and a host.")
+        raise ValueError(f"{one_line(text)!r} is not a URL: write http:// or https://, then a host.")
     if url.username is not None or url.query or url.fragment:
         raise ValueError("the URL of a Hub has no user, no password, no ? and no #.")
     return f"{url.scheme}{text[len(url.scheme) :]}".rstrip("/")  # with the scheme in lower case
@@ -983,7 +986,9 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     for key, value in values.items():
         name = key.replace("-", "_")
         if isinstance(value, dict):
-            raise click.BadParameter(f"{path}: [{one_line(key, 40)}] is a section; options stand in none.", ctx, param)
+            raise click.BadParameter(
+                f"{path}: [{one_line(key, 40)}] is a section, but no option is in one.", ctx, param
+            )
         if name not in types:
             known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else "."
             raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}", ctx, param)
@@ -1334,7 +1339,7 @@ class Answer(NamedTuple):
     def json(self) -> Any:
         """The body as JSON, whatever its Content-Type (JupyterHub 0.6 and 0.7 call it HTML).
 
-        Raises ValueError for no JSON, RecursionError for one that is nested too deeply.
+        Raises ValueError for no JSON, RecursionError for one that is nested too deeply or has too long a number.
         """
         import json
 
@@ -1535,10 +1540,10 @@ class Connections:
 
     def _transport(self, url: str) -> dict[str, Any]:
         """Arguments for requests: certificates, and for https: the proxy. A proxy for http: would see the token."""
-        import requests
-
         if not url.startswith("https:"):
             return {}  # the defaults of requests, which check certificates
+        import requests
+
         origin = "/".join(url.split("/")[:3])
         if origin not in self._transports:
             certificate = self._certificate
@@ -1876,9 +1881,9 @@ def is_among(causes: Iterable[BaseException], *kinds: type[BaseException]) -> bo
 
 
 def advice_on_scopes(identity: Identity, scopes: Sequence[str]) -> str:
-    """How to get more scopes: the line of jupyterhub_config.py that gives them to the token's owner.
+    """What helps if a token lacks scopes, with the line of jupyterhub_config.py that gives them to its owner.
 
-    It is a role with a name of its own: a Hub does not start if a role is defined twice.
+    The line is a role with a name of its own: a Hub does not start if a role is defined twice.
     """
     import json
 
@@ -1926,7 +1931,7 @@ class NoAnswer(Exception):
 
 
 class WrongAddress(HubError):
-    """No server is where --servers-url leads, or one hostile server makes it look so.
+    """--servers-url, or a setting of this machine such as a proxy, leads to no server, or a hostile server pretends so.
 
     Culler keeps the server: by the Hub's word alone, an outage of the proxy would stop busy servers.
     """
@@ -3059,7 +3064,7 @@ def plan_caveats(findings: Findings, identity: Identity | None, settings: Settin
     if missing:
         yield f"the token lacks {' and '.join(missing)}: a real pass would stop nothing"
     if identity and "delete:servers" not in identity.scopes and (narrow := identity.filtered("delete:servers")):
-        yield f"{' and '.join(narrow)} covers some users only: stopping the servers of others would fail"
+        yield f"the token has only {' and '.join(narrow)}: stopping the servers of other users would fail"
 
 
 def show_plan(
@@ -3932,7 +3937,9 @@ def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -
 
     if not wanted:
         return
-    click.echo("# Options of cull_idle.py: remove the # before a name to set it; after ## also write a value for the …")
+    click.echo(
+        "# Options of cull_idle.py. To set one, remove the # or ## before its name, and write a value in place of …"
+    )
     click.echo("# The command line and variables win.")
     for field in dataclasses.fields(Settings):
         attrs = field.metadata

@@ -184,7 +184,9 @@ def test_a_token_that_is_refused_with_401(cull_scripted: Cull, scripted: Scripte
     ],
 )
 def test_a_url_that_is_not_valid(cull: Cull, url: str) -> None:
-    assert_one_sentence(cull("--once", "--url", url, token=TOKEN), 2, "--url", "not a URL: it begins with http://")
+    assert_one_sentence(
+        cull("--once", "--url", url, token=TOKEN), 2, "--url", "not a URL: write http:// or https://, then a host."
+    )
 
 
 @pytest.mark.parametrize(
@@ -633,12 +635,14 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
     ("text", "sentence"),
     [
         ("timeot = 1", "FILE has a key 'timeot', which is no option; did you mean timeout?"),
-        ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section; options stand in none."),
+        ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section, but no option is in one."),
+        ("[timeout]\nx = 1", "FILE: [timeout] is a section"),
         ("timeout = ['1h']", "FILE: timeout must be one value, not a list."),
         ("timeout = '1x'", "timeout in FILE: '1x' is not a duration"),
         ("cull-users = 'maybe'", "cull-users in FILE: 'maybe' is not a valid boolean"),
         ("concurrency = 0", "concurrency in FILE: 0 is not in the range"),
         ("rule = ['user=x']", "needs timeout="),
+        ("timeout = ", "FILE is not TOML"),
         ("timeout = 1h", "(at line 1, column 12); durations and texts need quotes, such as timeout = "),
         ("once = true\nonce = true", "FILE is not TOML: Cannot overwrite a value (at end of document)."),
         (None, "FILE cannot be read: No such file or directory."),
@@ -1000,6 +1004,13 @@ def test_an_arbiter_that_cannot_be_loaded(cull: Cull) -> None:
     assert cull("--arbiter=operator:nothing").err == (
         "cull_idle.py: Invalid value for '--arbiter': 'operator:nothing' cannot be loaded:"
         " AttributeError: module 'operator' has no attribute 'nothing'.\n"
+    )
+
+
+def test_an_arbiter_that_names_no_function(cull: Cull) -> None:
+    assert cull("--arbiter=/etc/arbiter.py").err == (
+        "cull_idle.py: Invalid value for '--arbiter': '/etc/arbiter.py' names no function: write MODULE:FUNC or"
+        " FILE.py:FUNC.\n"
     )
 
 
