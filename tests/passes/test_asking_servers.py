@@ -575,6 +575,15 @@ def test_what_hinders_us_from_asking_is_not_an_answer_of_the_server(
     assert scripted.running() == {"ann", "bob"}
 
 
+def test_an_address_from_the_hub_that_is_no_url_is_not_an_answer_of_the_server(
+    cull_asking: Cull, scripted: ScriptedHub
+) -> None:
+    full_url = {"full_url": "http://[hub.example.org/user/ann/"}
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]), extra=full_url)
+    assert cull_asking("--idle-by=both").exit_code == 3
+    assert scripted.running() == {"ann"}
+
+
 @pytest.mark.parametrize("mode", ["both", "server"])
 def test_without_the_tokens_scopes_no_server_is_judged_by_the_hubs_word(
     cull_asking: Cull, scripted: ScriptedHub, mode: str
