@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -9,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from hub import RealHub
 from processes import Running, Start
 from runs import Cull, Loop, Result, RunLoop
@@ -22,6 +24,8 @@ from settings import SettingsOf
 import cull_idle
 
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an optional import of jsonschema that takes a second
+
+make_command = functools.cache(cull_idle.make_command)
 
 
 @pytest.fixture
@@ -36,6 +40,7 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             monkeypatch.setenv(name, value)
         if token is not None:
             monkeypatch.setenv("JUPYTERHUB_API_TOKEN", token)
+        monkeypatch.setattr(cull_idle, "make_command", make_command)
         capsys.readouterr()
         exit_code = cull_idle.main(list(args))
         result = Result(exit_code, *capsys.readouterr())
@@ -55,7 +60,7 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     wait = threading.Event.wait
 
     def run(hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
-        steps: Iterator[Callable[[], object]] = iter([*between, partial(signal.raise_signal, signal.SIGTERM)])
+        steps: Iterator[Callable[[], object]] = iter([*between, functools.partial(signal.raise_signal, signal.SIGTERM)])
         pauses: list[float] = []
         said: list[tuple[str, str]] = []
 
@@ -180,7 +185,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but without coverage, which on Python 3.11 slows down all code, not only what it measures."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.settrace(trace)
+
+    return call
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    for owner, name in ((requests.Session, "prepare_request"), (requests.adapters.HTTPAdapter, "send")):
+        setattr(owner, name, not_traced(getattr(owner, name)))
     # A shell that starts the tests in the background lets them, and the programs that they start, ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(

@@ -219,12 +219,6 @@ class Managed:
         for pid in self.machine.alive():
             os.kill(pid, signal.SIGKILL)
 
-    def kill(self) -> None:
-        """End the Hub, and let it clean nothing up."""
-        assert self.hub._process
-        self.hub._process.kill()
-        self.hub.stop()
-
     def assert_culls(self) -> None:
         culled = "culled idle: idle 2h01m, limit 1h"
         before = self.hub.log().count(culled)
@@ -258,7 +252,7 @@ def test_the_hub_starts_it_and_it_culls(managed: Managed) -> None:
 @pytest.mark.parametrize("managed", [False], ids=["http"], indirect=True)
 def test_it_survives_a_hub_that_is_killed_and_started_again(managed: Managed) -> None:
     (old,) = managed.machine.alive()
-    managed.kill()
+    managed.hub.kill()
     wait_until(lambda: "refuses the connection" in managed.hub.log(), managed.hub)
     managed.hub.start()
     os.kill(managed.machine.pids()[-1], signal.SIGKILL)  # the new one: the Hub knows nothing of the old one

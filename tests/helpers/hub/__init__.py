@@ -4,9 +4,7 @@ import contextlib
 import functools
 import os
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,8 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import requests
+
+from .process import HubProcess
 
 CONFIG = Path(__file__).with_name("jupyterhub_config.py")
 
@@ -34,15 +34,6 @@ SINCE = {
 
 # To Hub 0.6, which has no services, all tokens are this user's.
 TOKEN_OWNER = "token-owner"
-
-# As `python -m jupyterhub` does, but without an optional import of jsonschema that takes a second.
-START = """
-import sys
-sys.modules["rfc3987_syntax"] = None
-from jupyterhub.app import main
-main()
-"""
-
 
 HOUR = 3600
 # What `spawn` takes. Half a minute over: times are written in whole minutes, and a test may take some seconds.
@@ -109,8 +100,8 @@ class RealHub:
         port, public_port, server_port = free_ports(3)
         self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
         self.public_url = f"http://127.0.0.1:{public_port}{base_url}".rstrip("/")  # if extra_config has a proxy there
-        self._command = [python, "-c", START, "-f", str(CONFIG)]
-        # Coverage, which would follow it into its processes, has it take a third longer.
+        self._python = python
+        # Nothing of the tests' own: coverage would follow it into the programs that it starts.
         self._environment = {
             **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key and "COV" not in key},
             "REAL_HUB_PORT": str(port),
@@ -127,7 +118,7 @@ class RealHub:
             ),
             "REAL_HUB_TOKEN_OWNER": TOKEN_OWNER,
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: HubProcess | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -160,36 +151,21 @@ class RealHub:
             own = self.certificates / "hub-internal/hub-internal"
             session.cert = (f"{own}.crt", f"{own}.key")
         self._session = session
-        with (self._directory / "log").open("ab") as log:
-            # In a session of its own, so that Ctrl-C ends the tests first, then the Hub.
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._directory,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._wait_until(self._answers, "answers")
+        self._process = HubProcess(self._python, CONFIG, self._directory, self._environment)
+        self._wait_until(self._answers, "answers", pause=0.1)
 
     def stop(self) -> None:
         """Stop the Hub's process; its servers stay, as far as it is concerned."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)  # real servers, which it stops first, would outlive it if it were killed
-        except BaseException as error:
-            process.kill()
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-        finally:
-            if process.stdin:
-                process.stdin.close()
+        if process:
+            process.stop()
             self._session.close()
+
+    def kill(self) -> None:
+        """End the Hub's process, which cleans nothing up."""
+        assert self._process
+        self._process.kill()
+        self.stop()
 
     def restart(self) -> None:
         self.stop()
@@ -239,7 +215,7 @@ class RealHub:
             time.sleep(pause)
 
     def _check_that_it_runs(self) -> None:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self._process.runs():
             raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
 
     # Its API, as the admin service

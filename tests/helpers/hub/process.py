@@ -1,0 +1,95 @@
+"""The processes of Hubs, forked from one that has imported JupyterHub: that takes longer than the rest of a start."""
+
+import atexit
+import functools
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+# Runs in the Hub's Python, of any version since 3.6. For each line that it reads it starts a Hub, and writes its id.
+FORK_HUBS = """
+import json, os, signal, sys
+
+sys.modules["rfc3987_syntax"] = None  # an optional import of jsonschema that takes a second
+from jupyterhub.app import main
+
+stdin, held_open = os.pipe()  # the configuration ends a Hub whose stdin is closed
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that ended
+for line in sys.stdin:
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    config, directory, environment = json.loads(line)
+    os.setsid()  # Ctrl-C ends the tests first, then the Hub
+    os.chdir(directory)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for ours, standard in [(stdin, 0), (log, 1), (log, 2)]:
+        os.dup2(ours, standard)
+    os.close(held_open)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["jupyterhub", "-f", config]
+    main()
+    sys.exit()
+"""
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _forking(python: str) -> subprocess.Popen[str]:
+    """The process that forks Hubs of one Python."""
+    # Coverage, which would follow it into the Hubs, has them take a third longer.
+    environment = {name: value for name, value in os.environ.items() if "COV" not in name}
+    command = [python, "-c", FORK_HUBS]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    atexit.register(process.communicate)  # it ends with its stdin
+    return process
+
+
+class HubProcess:
+    """A Hub's process, which ends also when this one is killed."""
+
+    def __init__(self, python: str, config: Path, directory: Path, environment: Mapping[str, str]) -> None:
+        """Start one. In `directory` it runs, and adds to the file `log` what it writes."""
+        with _lock:
+            forking = _forking(python)
+            assert forking.stdin
+            assert forking.stdout
+            forking.stdin.write(json.dumps([str(config), str(directory), environment]) + "\n")
+            forking.stdin.flush()
+            self.pid = int(forking.stdout.readline() or f"{python} has no JupyterHub")
+
+    def runs(self) -> bool:
+        return self._signal(0)
+
+    def stop(self) -> None:
+        """Have it stop its servers, which would outlive it if it were killed, and end."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        try:
+            while self.runs() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        while self._signal(signal.SIGKILL):
+            time.sleep(0.01)
+
+    def _signal(self, number: int) -> bool:
+        """Whether there is a process that it reached."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
