@@ -45,6 +45,8 @@ from scripted_hub import (
     then_do,
 )
 
+import cull_idle
+
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 FOREIGN_BODIES = [
     pytest.param(b"404 page not found\n", "text/plain", id="text"),
@@ -451,6 +453,19 @@ def test_users_with_deep_options_are_found_wherever_they_are(
     assert scripted.running() == {names[number] for number in odd}
     assert result.exit_code == 0
     assert len(lists(scripted)) <= 2 + 25 * len(odd)
+    assert f" after {names[odd[0] - 1] if odd[0] else 'the start'} is left out: " in result.warnings[0]
+
+
+@pytest.mark.parametrize("too_many", [False, True])
+def test_many_users_with_deep_options_end_the_list(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, too_many: bool
+) -> None:
+    monkeypatch.setattr(cull_idle, "MOST_LEFT_OUT", 4)
+    names = add_due(scripted, 10, dict.fromkeys(range(2, 7 if too_many else 6), "DEEP"))
+    scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
+    result = cull_scripted("--timeout=1h", "--api-page-size=5")
+    assert scripted.running() == set(names[2:] if too_many else names[2:6])
+    assert result.exit_code == (3 if too_many else 0)
 
 
 def test_only_a_user_with_a_number_that_is_too_long_is_left_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -728,9 +743,12 @@ def endless(items: Callable[[int], list[object]]) -> Reply:
 
 
 @pytest.mark.parametrize("content", ["empty", "the same user", "the same page", "nobody readable"])
-def test_a_pagination_without_an_end_is_ended(cull_scripted: Cull, scripted: ScriptedHub, content: str) -> None:
-    add_due(scripted, 5)
-    models = [json.loads(scripted.normal(list_request(scripted)).body)["items"]][0]
+@pytest.mark.parametrize("users", [5, 0])
+def test_a_pagination_without_an_end_is_ended(
+    cull_scripted: Cull, scripted: ScriptedHub, content: str, users: int
+) -> None:
+    add_due(scripted, users)
+    models = json.loads(scripted.normal(list_request(scripted)).body)["items"]
     later = {"empty": [], "the same user": models[:1], "the same page": models, "nobody readable": [None]}[content]
     scripted.fault("GET", "/users", endless(lambda offset: later), times=300)
     result = cull_scripted("--timeout=1h")
