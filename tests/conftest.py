@@ -25,7 +25,7 @@ import cull_idle
 
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an optional import of jsonschema that takes a second
 
-make_command = functools.cache(cull_idle.make_command)
+make_command = functools.cache(cull_idle.make_command)  # else made anew for each run, which takes a tenth of it
 
 
 @pytest.fixture

@@ -742,10 +742,19 @@ def endless(items: Callable[[int], list[object]]) -> Reply:
     return reply
 
 
-@pytest.mark.parametrize("content", ["empty", "the same user", "the same page", "nobody readable"])
-@pytest.mark.parametrize("users", [5, 0])
+@pytest.mark.parametrize(
+    ("users", "content"),
+    [
+        (5, "empty"),
+        (5, "the same user"),
+        (5, "the same page"),
+        (5, "nobody readable"),
+        (0, "empty"),
+        (0, "nobody readable"),
+    ],
+)
 def test_a_pagination_without_an_end_is_ended(
-    cull_scripted: Cull, scripted: ScriptedHub, content: str, users: int
+    cull_scripted: Cull, scripted: ScriptedHub, users: int, content: str
 ) -> None:
     add_due(scripted, users)
     models = json.loads(scripted.normal(list_request(scripted)).body)["items"]

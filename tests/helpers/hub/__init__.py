@@ -104,7 +104,7 @@ class RealHub:
         self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
         self.public_url = f"http://127.0.0.1:{public_port}{base_url}".rstrip("/")  # if extra_config has a proxy there
         self._python = python
-        # Nothing of the tests' own: coverage would follow it into the programs that it starts.
+        # Without coverage, which would follow it into the programs that it starts.
         self._environment = {
             **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key and "COV" not in key},
             "REAL_HUB_PORT": str(port),

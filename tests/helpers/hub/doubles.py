@@ -51,7 +51,7 @@ def in_background(work):
 
 @event.listens_for(Engine, "connect")
 def do_not_wait_for_the_disk(connection, record):
-    """The database need not outlive the machine; a third of a Hub's time would go into it."""
+    """The database need not outlive the machine; a quarter of a Hub's time would go into it."""
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA journal_mode = MEMORY")
 

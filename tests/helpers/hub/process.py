@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-# Runs in the Hub's Python, of any version since 3.6. For each line that it reads it starts a Hub, and writes its id.
+# Runs in the Hub's Python, of any version since 3.6. It starts a Hub for each line that it reads, and writes its pid.
 FORK_HUBS = """
 import json, os, signal, sys
 
@@ -67,9 +67,13 @@ class HubProcess:
             assert forking.stdout
             forking.stdin.write(json.dumps([str(config), str(directory), environment]) + "\n")
             forking.stdin.flush()
-            self.pid = int(forking.stdout.readline() or f"{python} has no JupyterHub")
+            answer = forking.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{python} cannot import JupyterHub")
+        self.pid = int(answer)
 
     def runs(self) -> bool:
+        """Whether it has not ended."""
         return self._signal(0)
 
     def stop(self) -> None:
@@ -83,6 +87,7 @@ class HubProcess:
             self.kill()
 
     def kill(self) -> None:
+        """End it at once, if it still runs."""
         while self._signal(signal.SIGKILL):
             time.sleep(0.01)
 
