@@ -220,7 +220,7 @@ class Stops:
         self.thread = threading.Thread(target=self.watch)
 
     def watch(self) -> None:
-        while not self.ended.wait(0.1):
+        while not self.ended.wait(0.2):
             servers = [server for user in self.hub.models("users") for server in servers_of(user).values()]
             self.counts.append(sum(server["pending"] == "stop" for server in servers))
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import requests
 
-from .process import HubProcess
+from .process import ForkedProcess
 
 CONFIG = Path(__file__).with_name("jupyterhub_config.py")
 
@@ -121,7 +121,7 @@ class RealHub:
             ),
             "REAL_HUB_TOKEN_OWNER": TOKEN_OWNER,
         }
-        self._process: HubProcess | None = None
+        self._process: ForkedProcess | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -154,7 +154,8 @@ class RealHub:
             own = self.certificates / "hub-internal/hub-internal"
             session.cert = (f"{own}.crt", f"{own}.key")
         self._session = session
-        self._process = HubProcess(self._python, CONFIG, self._directory, self._environment)
+        argv, log = ["jupyterhub", "-f", str(CONFIG)], self._directory / "log"
+        self._process = ForkedProcess(self._python, "jupyterhub.app", argv, self._directory, log, self._environment)
         self._wait_until(self._answers, "answers", pause=0.1)
 
     def stop(self) -> None:
@@ -193,6 +194,12 @@ class RealHub:
     def certificates(self) -> Path:
         """Where a Hub with internal_ssl keeps all of its certificates and keys."""
         return self._directory / "internal-ssl"
+
+    @functools.cached_property
+    def _finds_doubles(self) -> bool:
+        """Whether its servers can be put into its database: they have no processes, certificates or older Hub."""
+        extra_config = self._environment["REAL_HUB_EXTRA_CONFIG"]
+        return self.version >= (6,) and not self._internal_ssl and "spawner_class" not in extra_config
 
     @functools.cached_property
     def version(self) -> tuple[int, ...]:
@@ -314,10 +321,18 @@ class RealHub:
         self.spawn_many([(name, server, user_options)], wait=wait)
 
     def spawn_many(self, servers: Iterable[tuple[str, str, Mapping[str, object]]], *, wait: bool = True) -> None:
-        """Start servers, given as (user, server, user_options), all at the same time."""
+        """Start servers, given as (user, server, user_options), all at the same time.
+
+        A Hub since 6.0 is not asked to start doubles that are ready at once: it finds them running, as when it starts
+        anew, in half of the time.
+        """
         servers = list(servers)
         names = sorted({name for name, _, _ in servers})
         self.api("POST", "/users", json={"usernames": names}, allow=[400, 409])  # all are there: 400 before 0.9
+
+        if wait and self._finds_doubles and not any("start_seconds" in options for *_, options in servers):
+            self._backdoor("run", servers=servers)
+            return
 
         def start(server: tuple[str, str, Mapping[str, object]]) -> None:
             self.api("POST", server_path(*server[:2]), json=server[2])

@@ -34,13 +34,12 @@ except ImportError:  # Hubs before 0.8 know configurable-http-proxy only: see Se
 def put_into_past(row, ages):
     """Set each of a row's columns to that many seconds ago; None leaves the column alone.
 
-    Commits at once: at the end of any request the Hub rolls back what is not.
+    Commit it: at the end of any request the Hub rolls back what is not.
     """
     now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)  # as the database's
     for column, seconds in ages.items():
         if seconds is not None and hasattr(row, column):  # Hubs before 0.9 have last_activity only
             setattr(row, column, now - datetime.timedelta(seconds=seconds))
-    object_session(row).commit()
 
 
 def in_background(work):
@@ -132,6 +131,7 @@ class DoubleSpawner(Spawner):
             user_idle = idle
         user = {"last_activity": user_idle, "created": option("user_age_seconds")}
         put_into_past(self.user.orm_user, user)
+        object_session(self.user.orm_user).commit()
 
     async def wait(self, seconds):
         try:
@@ -213,6 +213,7 @@ class BackdoorHandler(APIHandler):
         if self.request.headers.get("Authorization") != token:
             raise web.HTTPError(403)
         answer = getattr(self, "post_" + action)(**self.get_json_body())
+        self.db.commit()
         self.write(json.dumps(answer))
 
     def post_user(self, name, last_activity=None, created=None):
@@ -252,31 +253,48 @@ class BackdoorHandler(APIHandler):
         settled = not any(spawner.fresh for spawner in DoubleSpawner.alive)
         return {"version": jupyterhub.version_info[:3], "settled": settled}
 
+    def post_run(self, servers):
+        """Servers that run, as the Hub finds them when it starts anew; Hub 6 and later. Makes many at once.
+
+        They are (name of their user, name, user_options).
+        """
+        for name, server, options in servers:
+            user = self.find_user(name).orm_user
+            spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, user=user)
+            self.db.add(spawner)
+            spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
+            spawner.user_options = options or spawner.user_options or {}
+            spawner.state = {"options": spawner.user_options}
+            put_into_past(spawner, {"started": 0, "last_activity": 0})
+            put_into_past(user, {"last_activity": 0})
+        self.db.commit()
+        for name, server, _ in servers:
+            spawner = self.find_user(name).spawners[server]  # made by the Hub, from the database
+            spawner.load_state(spawner.orm_spawner.state)  # if it was made before
+            spawner.put_into_past()
+
     def post_inherit(self, users):
         """What an older Hub has left, which took names that this one refuses; Hub 6 and later.
 
         Users are (name, seconds since their last activity, user_options of their running servers by name). A user who
         is known already is only put into the past. Returns which names of users the Hub refuses. Makes many at once.
         """
-        now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
         refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
+        users = [user for user in users if user[0] not in refused]
         for name, idle_seconds, servers in users:
-            if name in refused:
-                continue
             user = orm.User.find(self.db, name) or orm.User(name=name)
-            user.last_activity = now - datetime.timedelta(seconds=idle_seconds)
             self.db.add(user)
+            put_into_past(user, {"last_activity": idle_seconds})
             if servers and "" not in servers:  # or the Hub would add it, one user at a time
                 self.db.add(orm.Spawner(name="", user=user))
-            for server, options in servers.items():
-                spawner = orm.Spawner(name=server, user=user, state={"options": options})
-                self.db.add(spawner)
-                spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
-                spawner.started = spawner.last_activity = now - datetime.timedelta(seconds=options["idle_seconds"])
         self.db.commit()
-        for name, _, servers in users:
-            for server in servers if name not in refused else ():
-                self.find_user(name).spawners[server]  # loads it
+        self.post_run(
+            [
+                (name, server, dict(options, user_idle_seconds=idle_seconds))
+                for name, idle_seconds, servers in users
+                for server, options in servers.items()
+            ]
+        )
         return refused
 
     def post_hurry(self):

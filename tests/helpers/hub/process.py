@@ -1,4 +1,7 @@
-"""The processes of Hubs, forked from one that has imported JupyterHub: that takes longer than the rest of a start."""
+"""The processes of Hubs and servers, forked from one that has imported JupyterHub: that takes most of a start.
+
+Hubs use this too, for their servers; see real_servers.py.
+"""
 
 import atexit
 import functools
@@ -8,15 +11,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Runs in the Hub's Python, of any version since 3.6. It starts a Hub for each line that it reads, and writes its pid.
-FORK_HUBS = """
-import json, os, signal, sys
+# Runs in the Hub's Python, of any version since 3.6. It starts a process for each line that it reads, and writes its pid.
+FORK = """
+import importlib, json, os, signal, sys
 
 sys.modules["rfc3987_syntax"] = None  # an optional import of jsonschema that takes a second
-from jupyterhub.app import main
+main = importlib.import_module(sys.argv[1]).main
 
 stdin, held_open = os.pipe()  # the configuration ends a Hub whose stdin is closed
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that ended
@@ -26,16 +29,15 @@ for line in sys.stdin:
         print(pid, flush=True)
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    config, directory, environment = json.loads(line)
+    sys.argv, directory, log, environment = json.loads(line)
     os.setsid()  # Ctrl-C ends the tests first, then the Hub
     os.chdir(directory)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for ours, standard in [(stdin, 0), (log, 1), (log, 2)]:
         os.dup2(ours, standard)
     os.close(held_open)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["jupyterhub", "-f", config]
     main()
     sys.exit()
 """
@@ -44,11 +46,11 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def _forking(python: str) -> subprocess.Popen[str]:
-    """The process that forks Hubs of one Python."""
+def _forking(python: str, module: str) -> subprocess.Popen[str]:
+    """The process that forks those that run `main` of a module, in one Python."""
     # Coverage, which would follow it into the Hubs, has them take a third longer.
     environment = {name: value for name, value in os.environ.items() if "COV" not in name}
-    command = [python, "-c", FORK_HUBS]
+    command = [python, "-c", FORK, module]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -56,20 +58,22 @@ def _forking(python: str) -> subprocess.Popen[str]:
     return process
 
 
-class HubProcess:
-    """A Hub's process, which ends also when this one is killed."""
+class ForkedProcess:
+    """A process that goes on without this one: a Hub ends when its stdin is closed, a server with its Hub."""
 
-    def __init__(self, python: str, config: Path, directory: Path, environment: Mapping[str, str]) -> None:
-        """Start one. In `directory` it runs, and adds to the file `log` what it writes."""
+    def __init__(
+        self, python: str, module: str, argv: Sequence[str], directory: Path, log: Path, environment: Mapping[str, str]
+    ) -> None:
+        """Run `main` of a module in a directory. To the file `log` it adds what it writes."""
         with _lock:
-            forking = _forking(python)
+            forking = _forking(python, module)
             assert forking.stdin
             assert forking.stdout
-            forking.stdin.write(json.dumps([str(config), str(directory), environment]) + "\n")
+            forking.stdin.write(json.dumps([argv, str(directory), str(log), environment]) + "\n")
             forking.stdin.flush()
             answer = forking.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{python} cannot import JupyterHub")
+            raise RuntimeError(f"{python} cannot import {module}")
         self.pid = int(answer)
 
     def runs(self) -> bool:
