@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Runs in the Hub's Python, of any version since 3.6. It starts a process for each line that it reads, and writes its pid.
+# Runs in the Hub's Python, of any version since 3.6. It starts a process for each line that it reads, and says its pid.
 FORK = """
 import importlib, json, os, signal, sys
 
