@@ -230,6 +230,8 @@ class Managed:
 
     def assert_stops(self) -> None:
         """It takes 5 seconds at most; on a machine with more to do they may be 10."""
+        passes = self.hub.log().count(" pass: ")
+        wait_until(lambda: self.hub.log().count(" pass: ") > passes, self.hub)  # before that, a SIGTERM just ends it
         said = self.hub.log().count("told to stop")
         began = time.monotonic()
         self.hub.stop()
