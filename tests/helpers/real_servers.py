@@ -33,7 +33,7 @@ class ServerSpawner(SimpleLocalProcessSpawner):
     home_dir_template = os.getcwd() + "/home-{username}"
 
     async def start(self):
-        # As jupyterhub-singleuser does, but six of them take a quarter of the time.
+        # What jupyterhub-singleuser runs, without importing it for each server.
         self.port = random_port()
         os.makedirs(self.home_dir, exist_ok=True)
         argv = ["jupyterhub-singleuser"] + self.get_args()

@@ -197,7 +197,7 @@ class RealHub:
 
     @functools.cached_property
     def _finds_doubles(self) -> bool:
-        """Whether its servers can be put into its database: they have no processes, certificates or older Hub."""
+        """Whether it can find doubles in its database. Real servers, and those with certificates, it must start."""
         extra_config = self._environment["REAL_HUB_EXTRA_CONFIG"]
         return self.version >= (6,) and not self._internal_ssl and "spawner_class" not in extra_config
 
@@ -323,8 +323,8 @@ class RealHub:
     def spawn_many(self, servers: Iterable[tuple[str, str, Mapping[str, object]]], *, wait: bool = True) -> None:
         """Start servers, given as (user, server, user_options), all at the same time.
 
-        A Hub since 6.0 is not asked to start doubles that are ready at once: it finds them running, as when it starts
-        anew, in half of the time.
+        Doubles that are ready at once are not started by a Hub since 6.0: it finds them running, as after its own
+        restart, in half of the time.
         """
         servers = list(servers)
         names = sorted({name for name, _, _ in servers})
