@@ -2173,7 +2173,7 @@ class UserList:
     """The whole user list, page by page, each without the users of the page before.
 
     - Users who leave the list meanwhile move the rest forward. So pages of 40 or more overlap by a few users, and one
-      that does not begin with a user of the page before is read again from further back, once.
+      that does not begin with a user of the page before is read again from half a page further back, once.
     - A page that is too much to parse, because of what some user put into their options, is read again in smaller
       parts, until only that user is left out.
     """
@@ -2185,6 +2185,7 @@ class UserList:
         self._usual_size = context.settings.api_page_size
         self._size = self._usual_size
         self._offset = 0
+        self._length = 0  # of the page before, in users: the Hub may send fewer than asked for, and leave some out
         self._before: set[str] = set()  # the names on the page before
         self._overlaps = False  # this page is to begin with some of them
         self._stepped_back = False
@@ -2208,7 +2209,7 @@ class UserList:
                 continue
             names = [name_of(model) for model in page.models]
             if self._overlaps and names and names[0] not in self._before and not self._stepped_back:
-                self._offset = max(self._offset - max(self._size, USUAL_PAGE) // 2, 0)
+                self._offset = max(self._offset - self._length // 2, 0)
                 self._stepped_back = True
                 continue
             new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
@@ -2217,7 +2218,8 @@ class UserList:
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            self._count_new(len(new))
+            # A page of users none of whom is ready is empty, and the list has an end if the Hub says how long it is.
+            self._count_new(len(new) or (not names and isinstance(page.total, int)))
             self._advance(names, next_offset)
 
     def _leave_out_user(self) -> Page:
@@ -2239,6 +2241,7 @@ class UserList:
 
     def _advance(self, names: Sequence[str], next_offset: int) -> None:
         """Go on to the next page, a little before the place where the Hub says that it begins."""
+        self._length = next_offset - self._offset
         self._before = set(names)
         self._last_name = names[-1] if names and names[-1] else self._last_name
         overlap = len(names) // OVERLAP

@@ -99,6 +99,37 @@ def test_short_and_empty_pages_are_not_the_end(cull_scripted: Cull, scripted: Sc
     assert {"DELETE /users/ann/server", "DELETE /users/eve/server"} == set(scripted.lines("DELETE"))
 
 
+def pending(scripted: ScriptedHub, *names: str) -> None:
+    for name in names:
+        scripted.add(name, ready=False, pending="spawn")
+
+
+def test_many_pages_without_a_ready_server_are_not_the_end(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """A class that logs in: the Hub leaves its users out of the pages, but counts them."""
+    pending(scripted, *(f"starting-{n}" for n in range(20)))
+    names = add_many(scripted, 3)
+    result = cull_scripted("--timeout=1h", "--api-page-size=4")
+    assert result.exit_code == 0
+    assert result.outcomes == dict.fromkeys(names, "culled")
+
+
+@pytest.mark.parametrize("limit", ["45", "50", "200", "1000"])
+def test_a_page_shorter_than_asked_for_may_end_with_a_server_that_starts(
+    cull_scripted: Cull, scripted: ScriptedHub, limit: str
+) -> None:
+    scripted.page_max = 45
+    for n in range(100):
+        if n == 44:
+            pending(scripted, "starting")
+        else:
+            scripted.add(f"user-{n}", idle=LONG_AGO if n >= 90 else 60)
+    result = cull_scripted("--timeout=1h", "--api-page-size", limit)
+    assert result.exit_code == 0
+    assert result.outcomes == {f"user-{n}": "culled" for n in range(90, 100)}
+    assert result.counts["running"] == 99
+    assert len(pages(scripted)) <= 5
+
+
 def test_an_old_hub_that_answers_with_a_plain_list_is_read(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     names = add_many(scripted, 3)
     scripted.fault("GET", "/user", respond(404), times=None)
