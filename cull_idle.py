@@ -2636,11 +2636,12 @@ class Culler:
         if answer.status == 202:
             waited = format_duration(timedelta(seconds=round(time.monotonic() - began)))
             return event._replace(outcome=Outcome.STOPPING, reason=f"{event.reason}; not down after {waited}")
-        if answer.status == 400 and answer.error:  # not running any more (Hub 0.x), or started again
-            return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
-        if answer.status == 500 or (answer.status == 404 and answer.error):  # 500: a user who is gone, Hubs 2 to 4
+        # 400: not running any more (Hub 0.x), or started again; 500: a user who is gone (Hubs 2 to 4)
+        if answer.status == 500 or (answer.status in (400, 404) and answer.error):
             user, _ = self._find_user(server.user, decision.position)
-            if user is None or (answer.status == 404 and not user.server_or_doubt(server.name)):
+            found = user.server_or_doubt(server.name) if user else None
+            not_running = (answer.status == 404 and not found) or (answer.status == 400 and not (found and found.ready))
+            if user is None or not_running:
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
 

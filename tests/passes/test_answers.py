@@ -53,7 +53,6 @@ def ann(scripted: ScriptedHub, request: pytest.FixtureRequest) -> str:
     [
         pytest.param(204, "INFO", "culled", id="204 stopped"),
         pytest.param(202, "WARNING", "stopping", id="202 still stopping"),
-        pytest.param(400, "INFO", "gone", id="400 not running"),
     ],
 )
 def test_a_server_that_is_not_left_running_is_no_failure(
@@ -66,6 +65,20 @@ def test_a_server_that_is_not_left_running_is_no_failure(
     assert result.said["ann"][:2] == (level, outcome)
     assert result.counts == {"running": 1, "due": 1, outcome: 1}
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
+
+
+def test_a_server_that_the_hub_does_not_stop_and_that_runs_on_has_failed(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    """A named one, after named servers were switched off."""
+    scripted.add("ann", "gpu", idle=LONG_AGO)
+    answer = {"status": 400, "message": "Named servers are not enabled."}
+    scripted.fault("DELETE", ".*", respond_json(400, answer), times=None)
+    result = cull_scripted("--timeout", "1h")
+    assert result.exit_code == 1
+    assert result.said["ann/gpu"][:2] == ("ERROR", "failed")
+    assert "Named servers are not enabled." in result.said["ann/gpu"].reason
+    assert len(scripted.lines("DELETE")) == 1
 
 
 @pytest.mark.parametrize(
