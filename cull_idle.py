@@ -571,15 +571,17 @@ class OwnActivity(NamedTuple):
     """The last activity of a server as the server itself tells it."""
 
     source: Source
-    idle: timedelta | None = None  # by the server's own clock; None for no kernel and no terminal, or no answer
+    idle: timedelta | None = None  # by the server's own clock, as far as it answered; None for no kernel and terminal
 
 
 def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
     """The server with the last activity that --idle-by counts, no earlier than its start."""
-    if own.source is Source.NO_ANSWER:
-        return server._replace(source=own.source)
     age = max(now - (server.started or server.last_activity or now), ZERO)
     active = now - (age if own.idle is None else min(own.idle, age))
+    if own.source is Source.NO_ANSWER:
+        if own.idle is not None and server.last_activity and active > server.last_activity:
+            return server._replace(last_activity=active, source=Source.SERVER)  # it answered a part, which can keep it
+        return server._replace(source=own.source)
     if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
         return server
     return server._replace(last_activity=active, source=own.source)
@@ -1982,22 +1984,25 @@ class Asker:
 
     def ask(self, server: Server) -> OwnActivity:
         """Ask one server. Raises HubError if the Hub makes no token, and WrongAddress."""
+        activities: list[OwnActivity] = []
         try:
-            own = self._ask(server)
+            self._ask(server, activities)
+            own = min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
         except NoAnswer as error:
-            own = OwnActivity(Source.NO_ANSWER)
+            answered = [each.idle for each in activities if each.idle is not None]
+            own = OwnActivity(Source.NO_ANSWER, min(answered, default=None))
             self.first_problem = self.first_problem or f"{server.full_name} {error}"
         self.sources[server.user, server.name] = own.source
         return own
 
-    def _ask(self, server: Server) -> OwnActivity:
-        """Ask with a token of its own. Raises NoAnswer."""
+    def _ask(self, server: Server, activities: list[OwnActivity]) -> None:
+        """Ask with a token of its own; what is answered goes into `activities`. Raises NoAnswer."""
         token = self._hub.make_token(server, 3 * self._settings.request_timeout + timedelta(minutes=1))
         if not token:
             raise NoAnswer("is not asked: its user is gone, or the culler's scope tokens does not cover them")
         address = server_address(server, self._settings)
         try:
-            activities = parse_activities(self._get(f"{address}/api/kernels", token), Source.KERNEL)
+            activities += parse_activities(self._get(f"{address}/api/kernels", token), Source.KERNEL)
             self.address_is_right = True
             if activities != [BUSY]:
                 terminals = self._get(f"{address}/api/terminals", token, optional=True)
@@ -2007,7 +2012,6 @@ class Asker:
                     activities += parse_activities(status, Source.SERVER)
         finally:
             self._hub.revoke_token(token)
-        return min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
 
     def _send(self, url: str, headers: Mapping[str, str], *, tries: int = 2) -> tuple[requests.Response, bytes]:
         """Send a GET and read the answer; once more if the connection is lost, as one kept alive may be at any time."""

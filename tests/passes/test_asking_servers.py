@@ -117,6 +117,20 @@ def test_what_a_server_says_can_keep_it(
     assert scripted.running() == ({"ann", "bob/gpu"} if mode in modes.split() else set())
 
 
+@pytest.mark.parametrize("mode", ["both", "server", "kernels"])
+@pytest.mark.parametrize(("seconds", "kept"), [(10, True), (LONG_AGO, False)], ids=["active", "idle"])
+def test_a_part_of_an_answer_can_keep_a_server_but_not_stop_it(
+    cull_asking: Cull, scripted: ScriptedHub, mode: str, seconds: float, kept: bool
+) -> None:
+    kernel = idle(seconds, execution_state="idle")
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(LONG_AGO), [kernel]))
+    scripted.add("bob", idle=10, age=9 * HOUR, says=FakeJupyter(ago(LONG_AGO), [kernel]))
+    scripted.fault("GET", ".*/api/terminals.*", respond(500), times=None)
+    result = cull_asking("--idle-by", mode)
+    assert result.exit_code == 0
+    assert scripted.running() == ({"ann", "bob"} if kept else {"bob"})  # bob is active by the Hub's word
+
+
 @pytest.mark.parametrize(("mode", "kept"), [("hub", True), ("both", True), ("server", False), ("kernels", False)])
 def test_what_the_hub_calls_active_is_stopped_only_if_its_word_does_not_count(
     cull_asking: Cull, scripted: ScriptedHub, mode: str, kept: bool
