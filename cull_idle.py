@@ -597,6 +597,7 @@ def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
 # ---- Rules: exceptions for some servers and users
 
 MOST_REMEMBERED = 10_000  # combinations of values that rules match
+LONGEST_REMEMBERED = 1_000  # characters in one of them: an option may have a megabyte
 
 
 class RuleField(NamedTuple):
@@ -767,9 +768,11 @@ class Policies:
         values = tuple(match.values(target) for match in self._fields.values())
         candidates = self._remembered.get(values)
         if candidates is None:
+            candidates = self._candidates(dict(zip(self._fields, values, strict=True)))
             if len(self._remembered) >= MOST_REMEMBERED:
                 self._remembered.clear()
-            candidates = self._remembered[values] = self._candidates(dict(zip(self._fields, values, strict=True)))
+            if sum(len(value) for each in values for value in each) <= LONGEST_REMEMBERED:
+                self._remembered[values] = candidates
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:
             for glob in globs:

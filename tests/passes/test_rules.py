@@ -1,6 +1,7 @@
 """--rule: other limits for some servers, and servers and users that are kept."""
 
 import re
+import tracemalloc
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -139,6 +140,23 @@ def test_of_servers_that_all_differ_only_some_are_remembered(
     rules = ["option.profile=[0-4] keep", "user=ann9 keep"]
     assert left(cull_scripted, scripted, *rules) == {"ann0", "ann1", "ann2", "ann3", "ann4", "ann9"}
     assert max(remembered) == 3
+
+
+def test_long_options_are_matched_and_not_remembered() -> None:
+    """Users may put a megabyte into each, again and again."""
+    limit = cull_idle.Limit(NEVER)
+    options, kept = cull_idle.Policy(limit, limit), cull_idle.Policy(limit, limit, kept_by="rule 1")
+    policies = cull_idle.Policies([(parse_rule("option.profile=large* keep"), kept)], options)
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            model: dict[str, Any] = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z"}
+            model["user_options"] = {"profile": f"large-{number}-{'x' * 1_000_000}"}
+            (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
+            assert policies.find(server) is kept
+        assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_rule_with_a_timeout_leaves_the_maximum_age(cull_scripted: Cull, scripted: ScriptedHub) -> None:
