@@ -42,7 +42,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, NamedTuple, Self, TextIO, TypeVar
 
@@ -50,6 +50,7 @@ import click
 
 # Slow imports are made where they are used, so that --help and --version answer at once.
 if TYPE_CHECKING:
+    import asyncio
     import logging
     import socket
     from http.client import HTTPResponse
@@ -804,17 +805,30 @@ class Arbiter(NamedTuple):
 
     def __call__(self, **arguments: object) -> bool:
         """Ask it. Raises whatever it raises."""
-        import asyncio
         import inspect
 
-        answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(wait_for(answer))
-        return bool(answer)
+        with calling_arbiter:
+            answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
+            if inspect.isawaitable(answer):
+                answer = arbiter_loop().run(wait_for(answer))
+            return bool(answer)
+
+
+calling_arbiter = threading.Lock()  # its author need not think of threads
+
+
+@cache
+def arbiter_loop() -> asyncio.Runner:
+    """The event loop of all calls: what an arbiter keeps between them, such as a lock or a session, belongs to one."""
+    import asyncio
+
+    runner = asyncio.Runner()
+    atexit.register(runner.close)
+    return runner
 
 
 async def wait_for(awaitable: Awaitable[object]) -> object:
-    """Wait for any awaitable; asyncio.run takes coroutines only."""
+    """Wait for any awaitable; an event loop runs coroutines only."""
     return await awaitable
 
 

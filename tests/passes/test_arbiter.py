@@ -125,6 +125,42 @@ def test_the_second_look_asks_the_arbiter_again(cull_scripted: Cull, scripted: S
     assert "arbiter" in result.said["ann"].reason
 
 
+LOCKED = """
+import asyncio
+
+lock = asyncio.Lock()
+
+async def f():
+    async with lock:
+        await asyncio.sleep(0.01)
+    return True
+"""
+
+COUNTED = """
+import time
+
+running = []
+
+def f():
+    running.append(1)
+    time.sleep(0.01)
+    alone = len(running) == 1
+    running.pop()
+    return alone
+"""
+
+
+@pytest.mark.parametrize("source", [LOCKED, COUNTED], ids=["an asyncio lock", "not for threads"])
+def test_an_arbiter_is_called_once_at_a_time_and_in_one_event_loop(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path, source: str
+) -> None:
+    arbiter.write_text(source)
+    for n in range(12):
+        scripted.add(f"user-{n}", idle=60)
+    result = cull_scripted(f"--arbiter={arbiter}:f")
+    assert result.outcomes == {f"user-{n}": "culled" for n in range(12)}
+
+
 @pytest.mark.parametrize(
     ("source", "name", "words"),
     [
