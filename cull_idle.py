@@ -2527,7 +2527,8 @@ class Culler:
         self._own_stops = OwnStops()
         # Servers of a user who may be deleted: no other stop may come between a stop and the looks around it.
         self._one_by_one = {user: threading.Lock() for user in findings.users}
-        self._deletes_sent: set[str | tuple[str, str]] = set()  # by user, or user and server
+        # When DELETEs were answered, or given up: time.monotonic(), by user, or user and server.
+        self._deletes_sent: dict[str | tuple[str, str], float] = {}
         self._ended = False  # early
         self._failures = 0  # in a row, without an answer of the Hub
 
@@ -2620,7 +2621,8 @@ class Culler:
             return event._replace(outcome=Outcome.GONE, reason="the user is gone")
         fresh = user.server_or_doubt(server.name)
         if fresh is None and (server.user, server.name) in self._deletes_sent:
-            self._own_stops.see_after_stop(user, server.name, self._findings.plausible(now) + DATE_ERROR)
+            since = timedelta(seconds=time.monotonic() - self._deletes_sent[server.user, server.name])
+            self._own_stops.see_after_stop(user, server.name, self._findings.plausible(now) - since + DATE_ERROR)
             return event._replace(outcome=Outcome.CULLED, reason=f"{verdict.reason}; {ANSWER_LOST}")
         self._own_stops.see_before_stop(user, server.name)
         if fresh is None:
@@ -2646,8 +2648,10 @@ class Culler:
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
         server = decision.target
         began = time.monotonic()
-        self._deletes_sent.add((server.user, server.name))
-        answer = self._hub.stop(server, remove=self._settings.remove_named_servers)
+        try:
+            answer = self._hub.stop(server, remove=self._settings.remove_named_servers)
+        finally:
+            self._deletes_sent[server.user, server.name] = time.monotonic()
         if answer.status == 204:
             # The Hub's Date is when the request arrived, a proxy's when it answered.
             latest = self._findings.plausible(answer.now) + timedelta(seconds=time.monotonic() - began) + DATE_ERROR
@@ -2698,8 +2702,10 @@ class Culler:
         return second_look(user, verdict)
 
     def _delete_user(self, decision: Decision[User], event: Event) -> Event:
-        self._deletes_sent.add(decision.target.name)
-        answer = self._hub.delete_user(decision.target.name)
+        try:
+            answer = self._hub.delete_user(decision.target.name)
+        finally:
+            self._deletes_sent[decision.target.name] = time.monotonic()
         if answer.status == 204:
             return event._replace(outcome=Outcome.CULLED)
         if answer.status == 202:

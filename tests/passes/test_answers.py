@@ -10,6 +10,8 @@ import pytest
 from runs import Cull
 from scripted_hub import (
     LONG_AGO,
+    Answer,
+    Exchange,
     Reply,
     ScriptedHub,
     done_but_lost,
@@ -333,6 +335,24 @@ def test_a_stop_whose_answer_is_lost_is_no_activity_of_the_user(cull_scripted: C
     scripted.fault("DELETE", "/users/ann/server", done_but_lost())
     assert cull_scripted("--timeout=1h", "--cull-users").outcomes == {"ann": "culled", "user ann": "deleted"}
     assert scripted.users == {}
+
+
+def test_a_user_who_comes_back_after_a_stop_whose_answer_is_lost_is_not_deleted(
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cull_idle, "DATE_ERROR", timedelta(0))  # so that it need not take seconds
+    scripted.add("ann", idle=LONG_AGO)
+    comes_back = threading.Timer(0.5, lambda: setattr(scripted.users["ann"], "last_activity", scripted.now))
+
+    def lost(exchange: Exchange) -> Answer:
+        exchange.normal()
+        comes_back.start()
+        return respond(503, headers={"Retry-After": "2"})(exchange)
+
+    scripted.fault("DELETE", "/users/ann/server", lost)
+    result = cull_scripted("--timeout=1h", "--cull-users")
+    assert result.outcomes == {"ann": "culled", "user ann": "spared"}
+    assert "ann" in scripted.users
 
 
 @pytest.mark.parametrize(("path", "name"), [SERVER, USER])
