@@ -2628,7 +2628,7 @@ class Culler:
         if fresh is None:
             return event._replace(outcome=Outcome.GONE, reason="not running any more")
         if fresh.doubt:
-            return event._replace(reason=fresh.doubt)
+            return second_look(server, keep_in_doubt(fresh.doubt))
         if fresh.pending == "stop":
             return event._replace(outcome=Outcome.STOPPING, reason="the Hub is stopping it already")
         if fresh.started != server.started:
@@ -2877,7 +2877,8 @@ class Log:
         if event.error:
             self.failure(str(event), event.error.kind)
         else:
-            self.say("warning" if event.outcome is Outcome.STOPPING else "info", str(event))
+            warn = event.outcome is Outcome.STOPPING or event.verdict.in_doubt
+            self.say("warning" if warn else "info", str(event))
 
     def failure(self, sentence: str, kind: str) -> None:
         """Log the first failure of each kind as an error, the others, which are only counted, with -v."""

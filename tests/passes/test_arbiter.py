@@ -125,6 +125,15 @@ def test_the_second_look_asks_the_arbiter_again(cull_scripted: Cull, scripted: S
     assert "arbiter" in result.said["ann"].reason
 
 
+def test_an_arbiter_that_fails_in_the_second_look_is_reported(
+    cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
+) -> None:
+    arbiter.write_text("asked = []\ndef f(): asked.append(1); return 1 / (2 - len(asked))")
+    scripted.add("ann", idle=LONG_AGO)
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert result.said == {"ann": ("WARNING", "spared", "the arbiter failed: ZeroDivisionError: division by zero")}
+
+
 LOCKED = """
 import asyncio
 

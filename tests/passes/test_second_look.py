@@ -84,8 +84,8 @@ def test_a_server_that_was_started_anew_is_spared_even_from_max_age(cull_scripte
         pytest.param(lambda server: setattr(server, "pending", "stop"), "WARNING", "stopping", id="stopping"),
         pytest.param(lambda server: setattr(server, "ready", False), "INFO", "gone", id="stopped"),
         pytest.param(lambda server: setattr(server, "pending", "spawn"), "INFO", "spared", id="starting"),
-        pytest.param(lambda server: setattr(server, "last_activity", "x"), "INFO", "spared", id="garbage time"),
-        pytest.param(lambda server: server.extra.update(ready=None), "INFO", "spared", id="garbage ready"),
+        pytest.param(lambda server: setattr(server, "last_activity", "x"), "WARNING", "spared", id="garbage time"),
+        pytest.param(lambda server: server.extra.update(ready=None), "WARNING", "spared", id="garbage ready"),
     ],
 )
 def test_a_server_that_is_no_longer_ready_is_left_alone(
@@ -118,7 +118,7 @@ def test_a_server_that_is_not_shown_is_gone_only_if_the_rest_is_understood(
     full_name = f"ann/{name}" if name else "ann"
     scripted.fault("GET", "/users/ann", edited(lambda model: {**model, "servers": servers}), times=None)
     result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.outcomes[full_name] == outcome
+    assert result.said[full_name][:2] == ("WARNING" if outcome == "spared" else "INFO", outcome)
     assert [line for line in scripted.lines("DELETE") if "/server" in line] == []
     assert outcome == "gone" or "ann" in scripted.users
 
@@ -364,7 +364,12 @@ def test_a_user_in_doubt_at_any_second_look_is_spared(
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
     assert set(scripted.users) == {"ann", "bob"}
-    assert result.outcomes == {"ann": "culled", "user ann": "spared", "user bob": "spared"}
+    levels = {name: said[:2] for name, said in result.said.items()}
+    assert levels == {
+        "ann": ("INFO", "culled"),
+        "user ann": ("WARNING", "spared"),
+        "user bob": ("WARNING", "spared"),
+    }
 
 
 def test_a_user_who_became_an_admin_is_spared(cull_scripted: Cull, scripted: ScriptedHub) -> None:
