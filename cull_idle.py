@@ -572,7 +572,7 @@ class OwnActivity(NamedTuple):
     """The last activity of a server as the server itself tells it."""
 
     source: Source
-    idle: timedelta | None = None  # by the server's own clock, as far as it answered; None for no kernel and terminal
+    idle: timedelta | None = None  # by the server's own clock, None if it has no kernel and no terminal, or no answer
 
 
 def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
@@ -2239,8 +2239,8 @@ class UserList:
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            # A page of users none of whom is ready is empty, and the list has an end if the Hub says how long it is.
-            self._count_new(len(new) or (not names and isinstance(page.total, int)))
+            # The Hub leaves out users without a ready server, perhaps all of a page; its total says where the list ends.
+            self._check_progress(bool(new) or (not names and isinstance(page.total, int)))
             self._advance(names, next_offset)
 
     def _leave_out_user(self) -> Page:
@@ -2253,9 +2253,9 @@ class UserList:
         self._before, self._overlaps = set(), False
         return page
 
-    def _count_new(self, new: int) -> None:
-        """Raise HubError if several pages in a row had no new user: the list would never end."""
-        self._nothing_new = 0 if new else self._nothing_new + 1
+    def _check_progress(self, progress: bool) -> None:
+        """Raise HubError if several pages in a row lead no further: the list would never end."""
+        self._nothing_new = 0 if progress else self._nothing_new + 1
         if self._nothing_new == 3:
             hub = self._hub.url
             raise HubError(f"GET /users: {hub} lists no more users, but always another page; the rest is not read")
@@ -2665,8 +2665,8 @@ class Culler:
         if answer.status == 500 or (answer.status in (400, 404) and answer.error):
             user, _ = self._find_user(server.user, decision.position)
             found = user.server_or_doubt(server.name) if user else None
-            not_running = (answer.status == 404 and not found) or (answer.status == 400 and not (found and found.ready))
-            if user is None or not_running:
+            gone = {400: not (found and found.ready), 404: not found, 500: not user}
+            if gone[answer.status]:
                 return event._replace(outcome=Outcome.GONE, reason=f"the Hub {answer}")
         return self._failed(event, answer, "delete:servers")
 

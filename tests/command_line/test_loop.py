@@ -5,11 +5,9 @@ import time
 from itertools import pairwise
 
 from hub import RealHub
-from processes import Running, Start
+from processes import LOOP, Running, Start
 from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, normal, then_do
-
-LOOP = ("--timeout=1h", "--cull-every=1s")
 
 
 def culled(culler: Running) -> set[str]:

@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import PROGRAM, Start
+from processes import LOOP, PROGRAM, Start
 from runs import RunLoop
 from scripted_hub import ScriptedHub
-
-LOOP = ("--timeout=1h", "--cull-every=1s")
 
 
 def test_a_token_file_is_read_again_for_each_pass(scripted: ScriptedHub, start: Start, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
+LOOP = ("--timeout=1h", "--cull-every=1s")
 
 
 class Running:

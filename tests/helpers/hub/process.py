@@ -59,7 +59,7 @@ def _forking(python: str, module: str) -> subprocess.Popen[str]:
 
 
 class ForkedProcess:
-    """A process that goes on without this one: a Hub ends when its stdin is closed, a server with its Hub."""
+    """A process that nobody waits for. A Hub's ends also when this one is killed, because its stdin is closed."""
 
     def __init__(
         self, python: str, module: str, argv: Sequence[str], directory: Path, log: Path, environment: Mapping[str, str]
