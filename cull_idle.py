@@ -2239,7 +2239,7 @@ class UserList:
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            # The Hub leaves out users without a ready server, perhaps all of a page; its total says where the list ends.
+            # Users without a ready server are left out, perhaps all of a page; the total says where the list ends.
             self._check_progress(bool(new) or (not names and isinstance(page.total, int)))
             self._advance(names, next_offset)
 
