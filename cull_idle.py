@@ -41,6 +41,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property, partial
 from types import SimpleNamespace
@@ -264,6 +265,9 @@ def format_time(moment: datetime) -> str:
 
 
 # ---- Servers and users: the Hub's JSON as typed values
+#
+# Each server of the Hub becomes a Server and gets a Verdict. Dataclasses with slots are made faster than NamedTuples.
+# They are never changed: `replace` makes a new one.
 
 
 class Source(enum.Enum):
@@ -277,7 +281,8 @@ class Source(enum.Enum):
     TERMINAL = "say its terminals"
 
 
-class Server(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Server:
     """A server that is running, starting or stopping."""
 
     user: str
@@ -298,10 +303,11 @@ class Server(NamedTuple):
 
     def without_models(self) -> Server:
         """The server without the Hub's JSON, which may be large."""
-        return self._replace(model={}, user_model={})
+        return replace(self, model={}, user_model={})
 
 
-class User(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class User:
     """A user, with the servers that the token may see."""
 
     name: str
@@ -324,7 +330,7 @@ class User(NamedTuple):
 
     def without_models(self) -> User:
         """The user without the servers and the Hub's JSON, which may be large."""
-        return self._replace(servers=[], model={})
+        return replace(self, servers=[], model={})
 
 
 def parse_user(model: object) -> User:
@@ -378,7 +384,7 @@ def name_of(model: object) -> str:
 
 def named_model(model: object) -> dict[str, Any]:
     """Return the user model if it is a JSON object with a name. Raises ValueError."""
-    if isinstance(model, dict) and name_of(model):
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"]:
         return model
     raise ValueError("answered a user without a name")
 
@@ -457,7 +463,8 @@ class Policy(NamedTuple):
     kept_by: str = ""  # the rule that keeps it, whatever the limits
 
 
-class Verdict(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Verdict:
     """Whether to cull, and why."""
 
     cull: bool
@@ -492,7 +499,7 @@ class Verdict(NamedTuple):
 
     def keep_because(self, why: str) -> Verdict:
         """The same figures, but kept, for this reason."""
-        return self._replace(cull=False, decided_by="", why=why)
+        return replace(self, cull=False, decided_by="", why=why)
 
 
 def keep_in_doubt(why: str) -> Verdict:
@@ -517,9 +524,9 @@ def compare_with_limits(
         age = now - born if born < now else ZERO
     kept = Verdict(False, "idle", "", idle, age, policy.timeout, False, source)
     if idle >= policy.timeout.duration:
-        return kept._replace(cull=True)
+        return replace(kept, cull=True)
     if age is not None and age >= policy.max_age.duration:
-        return kept._replace(cull=True, decided_by="age", limit=policy.max_age)
+        return replace(kept, cull=True, decided_by="age", limit=policy.max_age)
     return kept
 
 
@@ -565,7 +572,7 @@ def due_within(
     limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
     due_at = min(since + limit for since, limit in limits if since and limit <= now + within - since)
     then = judge_server(server, policy, due_at)
-    return due_at, verdict._replace(decided_by=then.decided_by, limit=then.limit)
+    return due_at, replace(verdict, decided_by=then.decided_by, limit=then.limit)
 
 
 class OwnActivity(NamedTuple):
@@ -581,17 +588,17 @@ def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: da
     active = now - (age if own.idle is None else min(own.idle, age))
     if own.source is Source.NO_ANSWER:
         if own.idle is not None and server.last_activity and active > server.last_activity:
-            return server._replace(last_activity=active, source=Source.SERVER)  # it answered a part, which can keep it
-        return server._replace(source=own.source)
+            return replace(server, last_activity=active, source=Source.SERVER)  # it answered a part, which can keep it
+        return replace(server, source=own.source)
     if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
         return server
-    return server._replace(last_activity=active, source=own.source)
+    return replace(server, last_activity=active, source=own.source)
 
 
 def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
     """True if the verdict depends on the server's answer: due if idle since its start, kept if active now."""
-    idle = server._replace(last_activity=server.started or server.last_activity)
-    active = server._replace(last_activity=now)
+    idle = replace(server, last_activity=server.started or server.last_activity)
+    active = replace(server, last_activity=now)
     return judge_server(idle, policy, now).cull and not judge_server(active, policy, now).cull
 
 
@@ -881,9 +888,9 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
             user=server.user_model,
         )
     except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
-        return verdict.keep_because(f"the arbiter failed: {describe(error)}")._replace(in_doubt=True)
+        return replace(verdict.keep_because(f"the arbiter failed: {describe(error)}"), in_doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
-    return verdict._replace(cull=cull, decided_by="", why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
+    return replace(verdict, cull=cull, decided_by="", why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
 
 
 # ---- Settings: each option is declared once, as a field of Settings
@@ -2401,9 +2408,11 @@ class Scan:
                 self._count_doubt("the Hub", str(error))
                 continue
             findings.users_listed += 1
+            if asked:
+                servers = [asked.get((server.user, server.name), server) for server in servers]
             all_due = True
             for server in servers:
-                all_due &= self._decide_server(asked.get((server.user, server.name), server), page.now, position)
+                all_due &= self._decide_server(server, page.now, position)
             if user and all_due:
                 self._decide_user(user, page.now, position)
 
@@ -2425,7 +2434,7 @@ class Scan:
         Raises HubError if the Hub makes no token for anybody.
         """
         if self._context.told_to_stop.is_set():
-            return server._replace(doubt="not asked, because the pass is told to stop")
+            return replace(server, doubt="not asked, because the pass is told to stop")
         try:
             own = with_retries(partial(asker.ask, server), self._context.told_to_stop)
         except WrongAddress as error:
@@ -2434,7 +2443,7 @@ class Scan:
         except HubError as error:
             if error.affects_all or error.refused:
                 raise
-            return server._replace(doubt=str(error))
+            return replace(server, doubt=str(error))
         return with_own_activity(server, own, self._settings.idle_by, now)
 
     def _decide_server(self, server: Server, now: datetime, position: int) -> bool:
@@ -2510,7 +2519,7 @@ class OwnStops:
     def without_own_stops(self, user: User) -> User:
         """The user with the last activity that our stops did not cause."""
         seen = {*self._seen.get(user.name, ()), user.last_activity} - self._caused.get(user.name, set())
-        return user._replace(last_activity=max((at for at in seen if at), default=user.last_activity))
+        return replace(user, last_activity=max((at for at in seen if at), default=user.last_activity))
 
 
 class Culler:
@@ -3480,7 +3489,7 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
         ask_if_it_decides(context, server, now) if explains_user or server.name == server_name else server
         for server in user.servers
     ]
-    user = user._replace(servers=servers)
+    user = replace(user, servers=servers)
     yield from explain_server(context, user, server_name, now)
     if explains_user:
         yield from explain_user(user, context.judge, now)
