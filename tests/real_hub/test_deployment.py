@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -451,24 +451,37 @@ def parse_unit(text: str) -> Unit:
     return unit
 
 
-FILES = {Path(text.splitlines()[0].removeprefix("# ")).name: text for text in shown("ini", "systemd")}
-UNITS: Mapping[str, Unit] = {name: parse_unit(text) for name, text in FILES.items()}
-SERVICES = [name for name in UNITS if name.endswith(".service")]
+SYSTEM = "/etc/systemd/system/"
+FILES = {text.splitlines()[0].removeprefix(f"# {SYSTEM}"): text for text in shown("ini", "systemd")}
+LOOP = "cull-idle.service.d/loop.conf"
+WAYS = ("timer", "loop")
 
 
-def words_of(name: str, credentials: str = "/credentials") -> list[str]:
-    """What a service executes."""
-    (line,) = UNITS[name]["Service"]["ExecStart"]
+def service_of(way: str) -> dict[str, list[str]]:
+    """The [Service] section of the unit, for the loop with its drop-in. An empty value clears those before it."""
+    service = parse_unit(FILES["cull-idle.service"])["Service"]
+    if way == "loop":
+        for key, values in parse_unit(FILES[LOOP])["Service"].items():
+            service[key] = values[values.index("") + 1 :] if "" in values else values
+    return service
+
+
+def words_of(way: str, credentials: str = "/credentials") -> list[str]:
+    """What the service executes."""
+    (line,) = service_of(way)["ExecStart"]
     return [word.replace("${CREDENTIALS_DIRECTORY}", credentials) for word in line.split()]
 
 
-@pytest.fixture
-def unit_files(machine: Machine) -> dict[str, Path]:
-    """The units, with a command that exists."""
-    files = {name: machine.root / name for name in UNITS}
-    for name, file in files.items():
-        file.write_text(machine.under(FILES[name]))
-    return files
+@pytest.fixture(params=WAYS)
+def units(request: pytest.FixtureRequest, machine: Machine) -> list[Path]:
+    """The service and, if it is not the loop, the timer. The command in them exists."""
+    for name in FILES.keys() - ({LOOP} if request.param == "timer" else set()):
+        (machine.root / name).parent.mkdir(exist_ok=True)
+        (machine.root / name).write_text(machine.under(FILES[name]))
+    return [
+        machine.root / "cull-idle.service",
+        *([machine.root / "cull-idle.timer"] if request.param == "timer" else []),
+    ]
 
 
 def systemd_analyze(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -477,55 +490,54 @@ def systemd_analyze(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["systemd-analyze", *args], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_systemd_takes_the_units(unit_files: dict[str, Path]) -> None:
-    result = systemd_analyze("verify", "--man=no", *unit_files.values())
+def test_systemd_takes_the_units(units: list[Path]) -> None:
+    result = systemd_analyze("verify", "--man=no", *units)
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_systemd_finds_a_service_as_hardened_as_the_readme_says(name: str, unit_files: dict[str, Path]) -> None:
+def test_systemd_finds_the_service_as_hardened_as_the_readme_says(units: list[Path]) -> None:
     match = re.search(r"an exposure of (\d)\.(\d)", prose("systemd"))
     assert match
-    result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", unit_files[name])
+    result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", units[0])
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_units_have_no_line_that_systemd_would_ignore() -> None:
-    for name, unit in UNITS.items():
-        for title, directives in unit.items():
+    for name, text in FILES.items():
+        for title, directives in parse_unit(text).items():
             assert directives.keys() <= KNOWN[title], name
 
 
 def test_each_unit_is_pasted_where_systemd_looks_and_started_by_its_name() -> None:
-    places = [text.splitlines()[0] for text in shown("ini", "systemd")]
-    assert {place.rpartition("/")[0] for place in places} == {"# /etc/systemd/system"}
+    assert FILES.keys() == {"cull-idle.service", "cull-idle.timer", LOOP}
     started = re.findall(r"systemctl (?:start|enable --now) ([\w.-]+\w)", prose("systemd"))
-    assert set(started) == set(UNITS)
+    assert set(started) == {"cull-idle.service", "cull-idle.timer"}
 
 
-def test_the_loop_is_as_hardened_as_the_service_of_the_timer() -> None:
-    loop, once = (UNITS[name]["Service"] for name in ("cull-idle-loop.service", "cull-idle.service"))
-    differ = {key for key in loop.keys() | once.keys() if loop.get(key) != once.get(key)}
-    assert differ == {"Type", "ExecStart", "Restart", "RestartSec", "RestartPreventExitStatus"}
+def test_what_is_enabled_has_an_install_section() -> None:
+    enabled = re.findall(r"systemctl enable --now ([\w.-]+\w)", prose("systemd"))
+    assert enabled == ["cull-idle.timer", "cull-idle.service"]
+    assert parse_unit(FILES["cull-idle.timer"])["Install"] == {"WantedBy": ["timers.target"]}
+    assert parse_unit(FILES[LOOP])["Install"] == {"WantedBy": ["multi-user.target"]}
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_handed_what_its_command_reads(name: str, machine: Machine) -> None:
-    command, *args = words_of(name, str(machine.root / "credentials"))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_service_is_handed_what_its_command_reads(way: str, machine: Machine) -> None:
+    command, *args = words_of(way, str(machine.root / "credentials"))
     assert command == COMMAND
     (machine.root / "credentials").mkdir()
-    for credential in UNITS[name]["Service"]["LoadCredential"]:
+    for credential in service_of(way)["LoadCredential"]:
         (machine.root / "credentials" / credential.split(":")[0]).write_text("")
     settings = settings_from(*args)
     assert settings.token_file
     assert Path(settings.token_file).exists()
-    assert settings.once == (UNITS[name]["Service"]["Type"] == ["oneshot"])
+    assert settings.once == (service_of(way)["Type"] == ["oneshot"])
 
 
 def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
     hub.spawn("idle", **IDLE)
     machine.token.write_text(hub.culler_token)
-    command = machine.under(shlex.join(words_of("cull-idle.service", "/etc/cull-idle")))
+    command = machine.under(shlex.join(words_of("timer", "/etc/cull-idle")))
     result = machine.run(f"{command} --url {hub.url}", PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
 
