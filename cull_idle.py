@@ -664,10 +664,12 @@ class Match(NamedTuple):
 
 
 def as_texts(value: object) -> tuple[str, ...]:
-    """A JSON value, or those of a list, as texts: `true`, `7`. Objects and inner lists match nothing."""
+    """A JSON value, or those of a list, as texts: `true`, `7`. null, objects and inner lists match nothing."""
     values = value if isinstance(value, list) else [value]
     return tuple(
-        each if isinstance(each, str) else str(each).lower() for each in values if not isinstance(each, (list, dict))
+        each if isinstance(each, str) else str(each).lower()
+        for each in values
+        if each is not None and not isinstance(each, (list, dict))
     )
 
 

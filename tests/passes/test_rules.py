@@ -70,6 +70,9 @@ def rules(*texts: str) -> list[str]:
     return [f"--rule={text}" for text in texts]
 
 
+OPTIONS = {"profile": "large", "gpus": 2, "spot": True}
+
+
 def left(cull: Cull, scripted: ScriptedHub, *texts: str, timeout: str = "1h") -> set[str]:
     result = cull(f"--timeout={timeout}", *rules(*texts))
     assert result.exit_code == 0, result.err
@@ -98,6 +101,7 @@ def left(cull: Cull, scripted: ScriptedHub, *texts: str, timeout: str = "1h") ->
         (["option.gpus=2 keep"], {"ann/gpu"}),
         (["option.spot=true keep"], {"ann/gpu"}),
         (["option.nothing=* keep"], set()),
+        (["option.image=* keep"], set()),
         (["state.pod=big-* keep"], {"bob"}),
         (["user=ann server=gpu keep"], {"ann/gpu"}),
         (["user=bob server=gpu keep"], set()),
@@ -113,7 +117,7 @@ def test_the_first_rule_whose_matches_all_hold_applies(
 ) -> None:
     scripted.scopes.append("admin:server_state")
     scripted.add("ann", idle=LONG_AGO)
-    scripted.add("ann", "gpu", idle=LONG_AGO, user_options={"profile": "large", "gpus": 2, "spot": True})
+    scripted.add("ann", "gpu", idle=LONG_AGO, user_options={**OPTIONS, "image": None})
     scripted.users["ann"].groups = ["gpu-users", "staff", "Old"]
     scripted.add("bob", idle=LONG_AGO, extra={"state": {"pod": "big-7"}})
     scripted.users["bob"].admin = True
