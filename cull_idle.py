@@ -97,7 +97,7 @@ class FuseBlownError(CullError):
 
 
 class UnreadableError(CullError):
-    """A rule needs a field that the token may not read. To guess would cull what the rule may keep."""
+    """A rule needs a field that the token may not read. Guessing could cull what the rule keeps."""
 
     exit_code = Exit.NO_HUB
 
@@ -110,7 +110,7 @@ class HubError(CullError):
     affects_all: True if every other request would probably fail too.
     """
 
-    exit_code = Exit.NO_HUB
+    exit_code = Exit.NO_HUB  # of a pass; one server or user that fails does not decide the exit code
 
     def __init__(self, sentence: str, kind: str = "", *, refused: bool = False, affects_all: bool = False) -> None:
         super().__init__(sentence)
@@ -267,7 +267,7 @@ def format_time(moment: datetime) -> str:
 # ---- Servers and users: the Hub's JSON as typed values
 #
 # Each server of the Hub becomes a Server and gets a Verdict. Dataclasses with slots are made faster than NamedTuples.
-# They are never changed: `replace` makes a new one.
+# They are not frozen, which would be slower, but never changed: `replace` makes a new one.
 
 
 class Source(enum.Enum):
@@ -283,7 +283,7 @@ class Source(enum.Enum):
 
 @dataclasses.dataclass(slots=True)
 class Server:
-    """A server that is running, starting or stopping."""
+    """A server that the Hub does not list as stopped: ready, starting or stopping."""
 
     user: str
     name: str  # empty for the default server
@@ -292,7 +292,7 @@ class Server:
     started: datetime | None  # unknown before JupyterHub 0.9
     last_activity: datetime | None
     doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
-    model: Mapping[str, Any]  # as the Hub has it, for rules and an arbiter
+    model: Mapping[str, Any]  # as the Hub sent it, for rules and --arbiter
     user_model: Mapping[str, Any]
     source: Source = Source.HUB  # who says last_activity
 
@@ -316,15 +316,15 @@ class User:
     last_activity: datetime | None
     servers: list[Server]
     doubt: str  # what in the Hub's answer cannot be understood, empty for nothing
-    model: Mapping[str, Any]  # as the Hub has it, for rules
+    model: Mapping[str, Any]  # as the Hub sent it, for rules
 
     @property
     def full_name(self) -> str:
-        """The name, safe to print, and different from that of the default server."""
+        """`user ann`, safe to print. The first word tells it from ann's default server."""
         return f"user {printable(self.name)}"
 
     def server_or_doubt(self, name: str) -> Server | None:
-        """The server of that name. If there is none, one in doubt: it is gone only if the rest is understood."""
+        """The server of that name, else any server in doubt, which may be that one. None only if it is surely gone."""
         found = next((server for server in self.servers if server.name == name), None)
         return found or next((server for server in self.servers if server.doubt), None)
 
@@ -353,6 +353,7 @@ def parse_user(model: object) -> User:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
         doubt = "the Hub does not say whether the user is an admin"
+    # Unknown counts as admin, because --cull-admin-users=false spares admins.
     return User(model["name"], admin is not False, created, last_activity, parse_servers(model), doubt, model)
 
 
@@ -457,10 +458,10 @@ class Policy(NamedTuple):
 
     timeout: Limit
     max_age: Limit
-    default_servers: bool = True
+    default_servers: bool = True  # culled, too
     named_servers: bool = True
     admins: bool = True
-    kept_by: str = ""  # the rule that keeps it, whatever the limits
+    kept_by: str = ""  # the rule with `keep` that applies, for the log; empty for none
 
 
 @dataclasses.dataclass(slots=True)
@@ -468,7 +469,7 @@ class Verdict:
     """Whether to cull, and why."""
 
     cull: bool
-    decided_by: Literal["idle", "age", ""]  # by which limit, reached or not; empty for another reason
+    decided_by: Literal["idle", "age", ""]  # the limit that it was compared with, reached or not; empty for none
     why: str = ""  # the reason in words, if no limit decided
     idle: timedelta | None = None
     age: timedelta | None = None
@@ -490,7 +491,7 @@ class Verdict:
 
     @property
     def activity(self) -> str:
-        """What was active last, and when: `active again 4s ago, says the server`."""
+        """What was active last, and when, for one that is spared: `active again 4s ago, says the server`."""
         what = ACTIVE.get(self.source, "active again")
         if self.source is Source.BUSY_KERNEL or self.idle is None:
             return what
@@ -517,7 +518,7 @@ ACTIVE = {
 def compare_with_limits(
     active: datetime, born: datetime | None, policy: Policy, now: datetime, source: Source = Source.HUB
 ) -> Verdict:
-    """Compare the time since the last activity, and the age, with the policy's limits. The future counts as now."""
+    """Compare the time since the last activity, and the age, with the policy's limits. A time in the future is now."""
     idle = now - active if active < now else ZERO
     age = None
     if born is not None:
@@ -563,13 +564,14 @@ def judge_user(user: User, policy: Policy, now: datetime) -> Verdict:
 def due_within(
     server: Server, verdict: Verdict, policy: Policy, now: datetime, within: timedelta
 ) -> tuple[datetime, Verdict] | None:
-    """When a kept server becomes due if nothing happens, and its verdict with the limit that it then reaches.
+    """When a kept server becomes due if it stays idle, and its verdict with the limit that it reaches first.
 
     None if that is later than `within` from now.
     """
     if not judge_server(server, policy, now + within).cull:
         return None
     limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
+    # Only limits that are reached by then, of which there is one: others, such as NEVER, could overflow.
     due_at = min(since + limit for since, limit in limits if since and limit <= now + within - since)
     then = judge_server(server, policy, due_at)
     return due_at, replace(verdict, decided_by=then.decided_by, limit=then.limit)
@@ -579,16 +581,17 @@ class OwnActivity(NamedTuple):
     """The last activity of a server as the server itself tells it."""
 
     source: Source
-    idle: timedelta | None = None  # by the server's own clock, None if it has no kernel and no terminal, or no answer
+    idle: timedelta | None = None  # by the server's own clock; None if it has no kernel and no terminal
+    # With NO_ANSWER: what it said before it failed to answer, None for nothing.
 
 
 def with_own_activity(server: Server, own: OwnActivity, idle_by: IdleBy, now: datetime) -> Server:
     """The server with the last activity that --idle-by counts, no earlier than its start."""
     age = max(now - (server.started or server.last_activity or now), ZERO)
-    active = now - (age if own.idle is None else min(own.idle, age))
+    active = now - (age if own.idle is None else min(own.idle, age))  # without kernels, idle since its start
     if own.source is Source.NO_ANSWER:
         if own.idle is not None and server.last_activity and active > server.last_activity:
-            return replace(server, last_activity=active, source=Source.SERVER)  # it answered a part, which can keep it
+            return replace(server, last_activity=active, source=Source.SERVER)  # a part of an answer can keep it
         return replace(server, source=own.source)
     if idle_by is IdleBy.BOTH and server.last_activity and server.last_activity > active:
         return server
@@ -604,8 +607,8 @@ def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
 
 # ---- Rules: exceptions for some servers and users
 
-MOST_REMEMBERED = 10_000  # combinations of values that rules match
-LONGEST_REMEMBERED = 1_000  # characters in one of them: an option may have a megabyte
+MOST_REMEMBERED = 10_000  # combinations of values for which Policies remembers the rules
+LONGEST_REMEMBERED = 1_000  # characters; a longer combination is not remembered: an option may have a megabyte
 
 
 class RuleField(NamedTuple):
@@ -644,7 +647,7 @@ class Match(NamedTuple):
         """The texts that the glob may match. Raises UnreadableError if the Hub does not show the field."""
         field = self.field
         if isinstance(target, User):
-            value = None if field.of_server else target.model.get(field.model_key)
+            value = target.model.get(field.model_key)  # not of a server: see Rule.for_users
         elif not field.model_key:
             value = target.name
         else:
@@ -688,11 +691,10 @@ class Rule(NamedTuple):
         return not any(match.field.of_server for match in self.matches)
 
     def policy(self, number: int, default: Policy) -> Policy:
-        """What the rule, the number-th one, makes of the policy of the options."""
+        """The options' policy with what the rule sets. `number`, from 1, is for messages."""
         if self.keep:
-            keep_for_ever = Limit(NEVER)
-            name = f"rule {number}: {self.text}"
-            return default._replace(timeout=keep_for_ever, max_age=keep_for_ever, kept_by=name)
+            no_limit = Limit(NEVER)  # for --explain
+            return default._replace(timeout=no_limit, max_age=no_limit, kept_by=f"rule {number}: {self.text}")
         timeout, max_age = default.timeout, default.max_age
         if self.timeout is not None:
             timeout = Limit(self.timeout, number, self.text)
@@ -718,7 +720,7 @@ def parse_rule(text: str) -> Rule:
     keep = False
     for word in split_words(text):
         name, equals, value = word.partition("=")
-        if name == "max_age":
+        if name == "max_age":  # as in the option's variable
             name = "max-age"
         if word == "keep":
             keep = True
@@ -764,7 +766,7 @@ class Policies:
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
         self.default = default
-        # One match of each field but the user's name: matches of one field read the same values, whatever their globs.
+        # A Match for each field but the user's name. Any will do: all that match a field read the same values.
         self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
 
@@ -785,7 +787,7 @@ class Policies:
                 self._remembered[values] = candidates
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:
-            for glob in globs:
+            for glob in globs:  # faster than all(…), and done for each server
                 if not glob.match(name):
                     break
             else:
@@ -828,7 +830,7 @@ calling_arbiter = threading.Lock()  # its author need not think of threads
 
 @cache
 def arbiter_loop() -> asyncio.Runner:
-    """The event loop of all calls: what an arbiter keeps between them, such as a lock or a session, belongs to one."""
+    """One event loop for all calls, so that an arbiter may keep a lock or a session between them."""
     import asyncio
 
     runner = asyncio.Runner()
@@ -889,7 +891,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
             server=server.model,
             user=server.user_model,
         )
-    except BaseException as error:  # whatever the administrator's function raises; signals raise nothing here
+    except BaseException as error:  # whatever the administrator's function raises; stop_signals handles Ctrl-C
         return replace(verdict.keep_because(f"the arbiter failed: {describe(error)}"), in_doubt=True)
     idle = "" if verdict.idle is None else f", idle {short(verdict.idle)}"
     return replace(verdict, cull=cull, decided_by="", why=f"the arbiter says {'cull' if cull else 'keep'}{idle}")
@@ -897,13 +899,13 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
 
 # ---- Settings: each option is declared once, as a field of Settings
 
-LONGEST = timedelta(days=365)
+LONGEST = timedelta(days=365)  # that --cull-every and --warn-before may be
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
 
 
 class TextType(click.ParamType[Any]):
-    """The type of an option whose text a function reads. ValueError of the function is the sentence for the user."""
+    """An option type made from a function that reads its text. Its ValueError is the sentence for the user."""
 
     def __init__(self, read: Callable[[str], object], name: str) -> None:
         self.read = read
@@ -987,7 +989,7 @@ def parse_url(text: str) -> str:
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:
         usable = False
-    if not usable or not re.fullmatch("[!-~]+", text):
+    if not usable or not re.fullmatch("[!-~]+", text):  # printable ASCII without spaces
         raise ValueError(f"{one_line(text)!r} is not a URL: write http:// or https://, then a host.")
     if url.username is not None or url.query or url.fragment:
         raise ValueError("the URL of a Hub has no user, no password, no ? and no #.")
@@ -1006,7 +1008,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror}.", ctx, param) from None
     except ValueError as error:
-        unquoted = str(error).startswith(("Invalid value", "Expected newline"))
+        unquoted = str(error).startswith(("Invalid value", "Expected newline"))  # what tomllib says then
         hint = '; durations and texts need quotes, such as timeout = "1h"' if unquoted else ""
         raise click.BadParameter(f"{path} is not TOML: {one_line(str(error))}{hint}.", ctx, param) from None
     types = {field.name: field.metadata.get("type") for field in dataclasses.fields(Settings) if field.name != "config"}
@@ -1018,13 +1020,14 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
                 f"{path}: [{one_line(key, 40)}] is a section, but no option is in one.", ctx, param
             )
         if name not in types:
-            known = f"; did you mean {option_name(near[0])}?" if (near := similar(name, types)) else "."
-            raise click.BadParameter(f"{path} has a key {one_line(key, 40)!r}, which is no option{known}", ctx, param)
+            hint = f"; did you mean {option_name(near)}?" if (near := most_similar(name, types)) else "."
+            sentence = f"{path} has a key {one_line(key, 40)!r}, which is not an option{hint}"
+            raise click.BadParameter(sentence, ctx, param)
         if name == "rule":
             defaults[name] = [str(rule) for rule in (value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
             raise click.BadParameter(f"{path}: {key} must be one value, not a list.", ctx, param)
-        elif types[name] in (FILE_TYPE, DIRECTORY_TYPE) and not isinstance(value, str):
+        elif types[name] in (FILE_TYPE, DIRECTORY_TYPE) and not isinstance(value, str):  # else a file called `true`
             raise click.BadParameter(f"{path}: {key} must be a text in quotes.", ctx, param)
         else:
             defaults[name] = str(value).lower() if isinstance(value, bool) else str(value)
@@ -1032,11 +1035,11 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     return path
 
 
-def similar(name: str, names: Iterable[str]) -> list[str]:
-    """The names that somebody who wrote this one probably meant, best first."""
+def most_similar(name: str, names: Iterable[str]) -> str:
+    """The name that somebody who wrote this one probably meant; empty if there is none."""
     import difflib
 
-    return difflib.get_close_matches(name, names, n=1)
+    return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
 def option_name(field: str) -> str:
@@ -1060,7 +1063,7 @@ def boolean(heading: str, help: str, default: str) -> Any:
 
 
 class ClientCertificate(NamedTuple):
-    """Paths of what a Hub with internal_ssl and its clients prove themselves with."""
+    """Paths of the key and certificate that a Hub with internal_ssl wants, and of the authority that signed its own."""
 
     key: str
     cert: str
@@ -1236,18 +1239,18 @@ class Settings:
 
     @property
     def asks_servers(self) -> bool:
-        """True if servers are asked. That looks like activity to the Hub, so `both` asks only what would be stopped."""
+        """True if servers are asked. That looks like activity to the Hub, so `both` asks only right before a stop."""
         return self.asks_while_scanning or (self.idle_by is IdleBy.BOTH and self.changes_something)
 
     @property
     def servers_root(self) -> str:
-        """What comes before /user/… in the address of a server, as far as the Hub does not tell."""
+        """What comes before /user/… in the address of a server whose full address the Hub does not tell."""
         public = os.environ.get("JUPYTERHUB_PUBLIC_HUB_URL", "").rstrip("/").removesuffix("/hub")
         return self.servers_url or public or self.url.removesuffix("/hub/api")
 
     @property
     def idle_steps(self) -> list[timedelta]:
-        """The idle times for which servers are counted."""
+        """The idle times for which servers are counted: for the bars of a dry run, or for JSON and metrics."""
         if self.dry_run:
             return sorted({*map(parse_duration, IDLE_STEPS), self.timeout} - {NEVER})
         return [self.timeout] if self.json or self.metrics_file else []
@@ -1283,7 +1286,7 @@ class Settings:
 
 
 class Judge:
-    """Decides by options, rules and arbiter. Every method raises UnreadableError."""
+    """Decides by options, rules and arbiter. Raises UnreadableError if the Hub does not show what a rule matches."""
 
     def __init__(self, settings: Settings) -> None:
         self.rules = list(enumerate(settings.rule, 1))  # with their numbers
@@ -1299,8 +1302,10 @@ class Judge:
             Limit((settings.max_age if settings.user_max_age is None else settings.user_max_age) or NEVER),
             admins=settings.cull_admin_users,
         )
-        self.server_policies = Policies([(rule, rule.policy(n, for_servers)) for n, rule in self.rules], for_servers)
-        # Of a rule only `keep` counts for users: its limits are for servers.
+        self.server_policies = Policies(
+            [(rule, rule.policy(number, for_servers)) for number, rule in self.rules], for_servers
+        )
+        # Of a rule only `keep` counts for users: its limits are for servers. But no later rule applies after it.
         self.user_policies = Policies(
             [
                 (rule, rule.policy(number, for_users) if rule.keep else for_users)
@@ -1324,7 +1329,7 @@ class Judge:
     def worth_asking(self, server: Server, now: datetime) -> bool:
         """True if the answer of a server can decide."""
         policy = self.server_policies.find(server)
-        if self._arbiter:  # nobody knows from which idle time on it says cull
+        if self._arbiter:  # which may say cull at any idle time; not 0, which would be due even if active now
             policy = policy._replace(timeout=Limit(timedelta.resolution))
         return is_worth_asking(server, policy, now)
 
@@ -1346,7 +1351,7 @@ LARGEST_PAGE = 1 << 21  # bytes of any other answer; a page of 200 users has som
 CONNECT_SECONDS = 5.0
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
 TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
-SCOPES_OF_ALL = ("read:users:name", "read:users:groups")  # JupyterHub adds them to each token
+SCOPES_OF_EVERY_TOKEN = ("read:users:name", "read:users:groups")  # JupyterHub adds them to each token
 NEEDS_HUB_3 = "--idle-by needs JupyterHub 3 or later"
 TOKEN_HINT = (
     "the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub 2.0: be an admin)"
@@ -1362,7 +1367,7 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     now: datetime  # the Hub's clock
-    requested: float = 0  # time.monotonic() then
+    requested: float = 0  # time.monotonic() when it was requested
 
     def json(self) -> Any:
         """The body as JSON, whatever its Content-Type (JupyterHub 0.6 and 0.7 call it HTML).
@@ -1374,8 +1379,9 @@ class Answer(NamedTuple):
         try:
             return json.loads(self.body)
         except ValueError as error:
+            # Any other ValueError is an integer of more than 4,300 digits. A smaller page may be without it.
             if self.body.startswith(b"{") and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-                raise RecursionError from None  # an integer of more than 4,300 digits is too much to parse, too
+                raise RecursionError from None
             if not self.body:
                 raise ValueError("answered nothing") from None
             is_html = self.body.lstrip().startswith(b"<")
@@ -1405,11 +1411,11 @@ class Page(NamedTuple):
 
     models: list[Any]  # of users
     now: datetime  # the Hub's clock
-    requested: float  # time.monotonic() then
+    requested: float  # time.monotonic() when it was requested
     offset: int
     following: object = None  # null on the last page, else {"offset": …}
     total: object = None  # how many users there are, if the Hub says so
-    problem: str = ""  # in place of models: why a user is left out
+    problem: str = ""  # why a user is left out; such a page has no models
 
     def next_offset(self) -> int | None:
         """Where the next page starts, None after the last. Raises HubError if that makes no sense."""
@@ -1496,7 +1502,7 @@ class DeadlineReader(io.RawIOBase):
         super().close()
 
     @classmethod
-    def read_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
+    def make_response(cls, sock: socket.socket, *args: Any, **kwargs: Any) -> HTTPResponse:
         """An http.client response that is read through a DeadlineReader."""
         from http.client import HTTPResponse
 
@@ -1515,10 +1521,10 @@ def adapter_with_deadline(connections: int) -> requests.adapters.HTTPAdapter:
 
     def connect(connection_class: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         connection = connection_class(*args, **kwargs)
-        connection.response_class = DeadlineReader.read_response
+        connection.response_class = DeadlineReader.make_response
         return connection
 
-    pools: weakref.WeakSet[Any] = weakref.WeakSet()  # requests itself keeps those of the last ten hosts only
+    pools: weakref.WeakSet[Any] = weakref.WeakSet()  # all, to close them: requests forgets those beyond ten hosts
 
     class Adapter(HTTPAdapter):
         def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -1546,7 +1552,7 @@ class Connections:
         self.request_timeout = settings.request_timeout
         self._concurrency = settings.concurrency
         self._certificate = certificate
-        self._transports: dict[str, dict[str, Any]] = {}  # by scheme and host
+        self._tls_and_proxies: dict[str, dict[str, Any]] = {}  # by scheme and host
 
     def close(self) -> None:
         """Close all connections."""
@@ -1562,24 +1568,24 @@ class Connections:
         prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
         prepared.url = url  # as it is: requests would decode %2E in it
         # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
-        response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._transport(url))
+        response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._tls_and_proxy(url))
         response.raw.enforce_content_length = True  # urllib3 1.26 takes a part of an answer for all of it
         return response
 
-    def _transport(self, url: str) -> dict[str, Any]:
-        """Arguments for requests: certificates, and for https: the proxy. A proxy for http: would see the token."""
+    def _tls_and_proxy(self, url: str) -> dict[str, Any]:
+        """Arguments for requests: for https:, certificates and the proxy. A proxy for http: would see the token."""
         if not url.startswith("https:"):
             return {}  # the defaults of requests, which check certificates
         import requests
 
         origin = "/".join(url.split("/")[:3])
-        if origin not in self._transports:
+        if origin not in self._tls_and_proxies:
             certificate = self._certificate
             verify = certificate.ca if certificate else None
             cert = (certificate.cert, certificate.key) if certificate else None
             merged = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
-            self._transports[origin] = {key: merged[key] for key in ("verify", "cert", "proxies")}
-        return self._transports[origin]
+            self._tls_and_proxies[origin] = {key: merged[key] for key in ("verify", "cert", "proxies")}
+        return self._tls_and_proxies[origin]
 
     @cached_property
     def _adapter(self) -> requests.adapters.HTTPAdapter:
@@ -1615,7 +1621,8 @@ class Hub:
     def page(self, offset: int, *, size: int, ready_only: bool) -> Page:
         """Read a page of the user list: `size` users from an offset on, or as many as the Hub likes if that is 0.
 
-        With `ready_only`, only users with a ready server. Hubs before 1.3 ignore that, those before 2.0 the rest.
+        With `ready_only`, only users with a ready server; Hubs before 1.3 ignore that. Those before 2.0 ignore size and
+        offset, and send the whole list.
         """
         query = {"state": "ready" if ready_only else None, "limit": size, "offset": offset}
         answer = self._request("GET", "/users", {key: value for key, value in query.items() if value})
@@ -1630,8 +1637,9 @@ class Hub:
         except ValueError as error:
             raise HubError(f"{where} {error}; {self._api_hint}") from None
         except RecursionError:
-            nested = f"{where} answered JSON that is nested too deeply"
-            raise (HubError if answer.body.startswith(b"[") else TooMuchData)(nested) from None
+            has_no_pages = answer.body.startswith(b"[")  # before JupyterHub 2.0
+            failure = HubError if has_no_pages else TooMuchData
+            raise failure(f"{where} answered JSON that is nested too deeply") from None
         if page is None or (page.models and not any(map(name_of, page.models))):
             raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
         return page
@@ -1663,14 +1671,14 @@ class Hub:
         return UserNow(user, answer.now)
 
     def stop(self, server: Server, *, remove: bool) -> Answer:
-        """Tell the Hub to stop a server and, if it is a named one, perhaps to remove it."""
+        """Stop a server. With `remove`, the Hub removes a named server, too."""
         if not server.name:
             return self._request("DELETE", self._path("/users/{}/server", server.user))
         path = self._path("/users/{}/servers/{}", server.user, server.name)
         return self._request("DELETE", path, body={"remove": True} if remove else None)
 
     def delete_user(self, name: str) -> Answer:
-        """Tell the Hub to delete a user. The Hub would stop a server of the user's first."""
+        """Delete a user. The Hub would stop a server of the user's first."""
         return self._request("DELETE", self._path("/users/{}", name))
 
     def make_token(self, server: Server, lifetime: timedelta) -> ServerToken | None:
@@ -1680,7 +1688,7 @@ class Hub:
         """
         path = self._path("/users/{}/tokens", server.user)
         scope = f"access:servers!server={server.user}/{server.name}"
-        # JupyterHub does not count what a token with such a note does as an activity of its user.
+        # What a token does whose note begins with "Server at " does not count as an activity of its user.
         note = f"Server at {server.full_name}: idle?"
         body = {"scopes": [scope], "note": note, "expires_in": round(lifetime.total_seconds())}
         answer = self._request("POST", path, body=body)
@@ -1693,7 +1701,7 @@ class Hub:
         except (ValueError, LookupError, TypeError, RecursionError):
             kind = f"POST /users/…/tokens: the Hub answered {answer.status}, and no token"
             raise HubError(f"POST {path}: the Hub {answer}, and no token", kind) from None
-        if {each for each in granted if each.partition("!")[0] not in SCOPES_OF_ALL} != {scope}:
+        if {each for each in granted if each.partition("!")[0] not in SCOPES_OF_EVERY_TOKEN} != {scope}:
             self.revoke_token(token)
             raise HubError(
                 "servers cannot be asked: the Hub has made a token that opens more than one server; it is revoked,"
@@ -1820,7 +1828,7 @@ def risky_codes(name: str) -> list[str]:
 
 
 def parse_retry_after(text: str | None, now: datetime) -> float:
-    """Seconds that a Retry-After header asks for, 0 for one that is missing or garbage."""
+    """Seconds that a Retry-After header asks for, below 0 for a time in the past. 0 if it is missing or garbage."""
     from email.utils import parsedate_to_datetime
 
     if text and text.isdecimal():
@@ -1855,7 +1863,7 @@ def request_failure(method: str, path: str, url: str, error: Exception, timeout:
         if url.startswith("http:"):
             why += f"; if this goes on, try --url https:{url.removeprefix('http:')}"
         return TryAgain(f"{request}: {why}", f"{kind_of_request}: {why}")
-    why = f"{url} cannot be asked: {one_line(str(causes[-1]))}"
+    why = f"the request to {url} failed: {one_line(str(causes[-1]))}"
     return HubError(f"{request}: {why}", f"{kind_of_request}: {why}")
 
 
@@ -1961,7 +1969,7 @@ class NoAnswer(Exception):
 class WrongAddress(HubError):
     """--servers-url, or a setting of this machine such as a proxy, leads to no server, or a hostile server pretends so.
 
-    Culler keeps the server: by the Hub's word alone, an outage of the proxy would stop busy servers.
+    Culler keeps the server: if the Hub's word counted instead, an outage of the proxy would stop busy servers.
     """
 
 
@@ -1970,7 +1978,7 @@ class Asker:
 
     A server runs whatever its user likes. So the culler's own token never goes there: each server gets a token that the
     Hub makes for it, and that is revoked afterwards. All that a server answers is bounded in size and time.
-    For the server itself and for the token, being asked is no activity. For the proxy it is, and the Hub believes it.
+    Neither the server nor the Hub counts what such a token asks as activity. The proxy does, and tells the Hub.
     https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
     """
 
@@ -1989,7 +1997,7 @@ class Asker:
         self._connections.close()
 
     def check(self, identity: Identity | None) -> None:
-        """Raise HubError if no server can be asked: the address is wrong, or the Hub too old, perhaps for the scope."""
+        """Raise HubError if no server can be asked: a wrong address, a Hub before 3, before 5 with a filtered scope."""
         url = f"{self._settings.servers_root}/hub/api"
         try:
             version = str(self._get(url).json()["version"])
@@ -2013,7 +2021,8 @@ class Asker:
         activities: list[OwnActivity] = []
         try:
             self._ask(server, activities)
-            own = min(activities, key=lambda each: each.idle or ZERO, default=OwnActivity(Source.KERNEL))
+            nothing = OwnActivity(Source.KERNEL)  # no kernel and no terminal
+            own = min(activities, key=lambda each: each.idle or ZERO, default=nothing)
         except NoAnswer as error:
             answered = [each.idle for each in activities if each.idle is not None]
             own = OwnActivity(Source.NO_ANSWER, min(answered, default=None))
@@ -2022,7 +2031,7 @@ class Asker:
         return own
 
     def _ask(self, server: Server, activities: list[OwnActivity]) -> None:
-        """Ask with a token of its own; what is answered goes into `activities`. Raises NoAnswer."""
+        """Ask with a token of its own. Adds to `activities`, so that NoAnswer does not lose a part. Raises NoAnswer."""
         token = self._hub.make_token(server, 3 * self._settings.request_timeout + timedelta(minutes=1))
         if not token:
             raise NoAnswer("is not asked: its user is gone, or the culler's scope tokens does not cover them")
@@ -2124,21 +2133,21 @@ def server_address(server: Server, settings: Settings) -> str:
     return "/".join([settings.servers_root, *url.split("/")[-3 if server.name else -2 :]])
 
 
-# ---- A pass: scan, decide, fuse, cull
+# ---- The parts of a pass: read the user list, scan, look again, cull
 
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
-MOST_LEFT_OUT = 100  # users whose data is too much; with more, the Hub is not one that sends smaller pages
-OVERLAP = 40  # neighbouring pages share one user in so many
+MOST_LEFT_OUT = 100  # users whose data is too much; if there are more, the Hub ignores the size of a page
+OVERLAP = 40  # neighbouring pages overlap by one user in so many
 SMALLER = 8  # a page that is too much to parse is read again in so many parts
 USUAL_PAGE = 50  # users, of a Hub that is not asked for more
 DATE_ERROR = timedelta(seconds=2)  # a Date is in whole seconds, and may be rounded
 ANSWER_LOST = "the Hub's answer was lost"
-MOST_FAILURES = 10  # in a row, or two per worker if that is more: then the pass ends
+MOST_FAILURES = 10  # in a row, or two for each thread if that is more: then the pass ends
 
 
 class Outcome(enum.StrEnum):
-    """What became of something that is due, or soon will be."""
+    """The result for a server or user that is due, or soon will be."""
 
     PLANNED = "planned"  # by a dry run
     WARNED = "warned"  # kept, but due soon
@@ -2173,7 +2182,7 @@ class Decision(NamedTuple, Generic[Target]):
 
 
 class Event(NamedTuple):
-    """What became of one server or user."""
+    """A server or user and its outcome, for the log, the JSON and --notify."""
 
     target: Server | User
     outcome: Outcome
@@ -2215,12 +2224,12 @@ class UserList:
         self._usual_size = context.settings.api_page_size
         self._size = self._usual_size
         self._offset = 0
-        self._length = 0  # of the page before, in users: the Hub may send fewer than asked for, and leave some out
+        self._length = 0  # offsets that the page before covered; its users may be fewer, if the Hub leaves some out
         self._before: set[str] = set()  # the names on the page before
-        self._overlaps = False  # this page is to begin with some of them
-        self._stepped_back = False
-        self._last_name = ""
-        self._nothing_new = 0  # pages in a row
+        self._overlaps = False  # this page should begin with some of them
+        self._stepped_back = False  # this page is already read again, from further back
+        self._last_name = ""  # of a user, to say after whom one is left out
+        self._nothing_new = 0  # pages in a row without a new user
         self._left_out = 0  # users
 
     def pages(self) -> Iterator[Page]:
@@ -2243,13 +2252,15 @@ class UserList:
                 self._stepped_back = True
                 continue
             new = [m for m, name in zip(page.models, names, strict=True) if not name or name not in self._before]
-            known = len(page.models) - len(new)  # most of them come first
+            # As if all known users came first: a position that is wrong by a few is good enough for Culler._find_user.
+            known = len(page.models) - len(new)
             yield page._replace(models=new, offset=page.offset + known)
             next_offset = page.next_offset()
             if next_offset is None:
                 return
-            # Users without a ready server are left out, perhaps all of a page; the total says where the list ends.
-            self._check_progress(bool(new) or (not names and isinstance(page.total, int)))
+            # A page is empty if none of its users has a ready server. With a total, the list ends all the same.
+            empty_but_bounded = not names and isinstance(page.total, int)
+            self._check_progress(bool(new) or empty_but_bounded)
             self._advance(names, next_offset)
 
     def _leave_out_user(self) -> Page:
@@ -2284,22 +2295,22 @@ class UserList:
 def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
     """Call a function for each item, in up to so many threads; yields the results as they come.
 
-    If the system refuses more threads, those that have started do all the work. An exception of the function is
-    raised here. Once the caller stops iterating, no other item is begun.
+    If the system refuses more threads, those that have started do all the work, for which ThreadPoolExecutor would
+    fail. An exception of the function is raised here. Once the caller stops iterating, no other item is begun.
     """
     waiting = deque(items)
     count = len(waiting)
     done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
     workers = []
     for _ in range(min(threads, count)):
-        worker = threading.Thread(target=work_off, args=(function, waiting, done), name="cull_idle", daemon=True)
+        worker = threading.Thread(target=run_worker, args=(function, waiting, done), name="cull_idle", daemon=True)
         try:
             worker.start()
         except RuntimeError:  # can't start new thread
             break
         workers.append(worker)
     if not workers:
-        work_off(function, waiting, done)
+        run_worker(function, waiting, done)
     try:
         for _ in range(count):
             result, error = done.get()
@@ -2312,8 +2323,8 @@ def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: in
             worker.join()
 
 
-def work_off(function: Callable[[T], Result], waiting: deque[T], done: queue.SimpleQueue[Any]) -> None:
-    """Call the function for each item that waits; puts its result, or its exception, into `done`."""
+def run_worker(function: Callable[[T], Result], waiting: deque[T], done: queue.SimpleQueue[Any]) -> None:
+    """Call the function for each item that waits, and put its result, or its exception, into `done`."""
     while True:
         try:
             item = waiting.popleft()
@@ -2347,8 +2358,8 @@ class Findings:
         """How many servers and users are to be culled."""
         return len(self.servers) + len(self.users)
 
-    def check(self, fuse: Fuse | None) -> None:
-        """Raise FuseBlownError if more is due than the fuse allows."""
+    def check_fuse(self, fuse: Fuse | None) -> None:
+        """Raise FuseBlownError if more is due than the fuse allows. N% is of what was read, if only a part was."""
         if fuse:
             fuse.check("servers", len(self.servers), self.running)
             fuse.check("users", len(self.users), self.users_listed)
@@ -2389,7 +2400,7 @@ class Scan:
             findings.complete = not self._context.told_to_stop.is_set()
         except HubError as error:
             findings.error = error
-            findings.users.clear()
+            findings.users.clear()  # a deleted user does not come back
         if self._wrong_address and self._asker and not self._asker.address_is_right:
             raise self._wrong_address
         return findings
@@ -2458,7 +2469,7 @@ class Scan:
                 findings.idle_for[step] += verdict.idle >= step
         if verdict.cull:
             decision = Decision(server.without_models(), verdict, position)
-            findings.servers.setdefault((server.user, server.name), decision)
+            findings.servers.setdefault((server.user, server.name), decision)  # a user may be listed twice
             return True
         if verdict.in_doubt:
             self._count_doubt(server.full_name, verdict.reason)
@@ -2495,7 +2506,7 @@ class Scan:
 
 
 class OwnStops:
-    """Tells the activity of users from that of our own stops.
+    """Separates the activity of users from what our own stops cause.
 
     The Hub sets a user's last activity when it stops a server. So a user who may be deleted is looked at right before
     and right after each stop: a value that is new then is the stop's, every other value is the user's. For example,
@@ -2513,7 +2524,7 @@ class OwnStops:
         self._seen.setdefault(user.name, set()).add(user.last_activity)
 
     def see_after_stop(self, user: User, server_name: str, stopped: datetime) -> None:
-        """Remember the last activity right after it. `stopped`: the latest time at which the stop may have been."""
+        """Remember the last activity right after it. `stopped`: the latest time at which the stop can have been."""
         at = user.last_activity
         if at and at <= stopped and at != self._before.get((user.name, server_name)):
             self._caused.setdefault(user.name, set()).add(at)
@@ -2541,7 +2552,7 @@ class Culler:
         # When DELETEs were answered, or given up: time.monotonic(), by user, or user and server.
         self._deletes_sent: dict[str | tuple[str, str], float] = {}
         self._ended = False  # early
-        self._failures = 0  # in a row, without an answer of the Hub
+        self._failures = 0  # in a row that would affect all requests
 
     def cull(self) -> Iterator[Event]:
         """Cull, several at a time, and yield what became of each. What is left undone yields nothing."""
@@ -2553,18 +2564,18 @@ class Culler:
                 yield event
         without_server = []
         for name, decision in self._findings.users.items():
-            staying = outcomes.get(name, set()) - {Outcome.CULLED, Outcome.GONE}
-            if not staying:
+            others = outcomes.get(name, set()) - {Outcome.CULLED, Outcome.GONE}
+            if not others:
                 without_server.append(decision)
-            elif Outcome.DUE not in staying:
+            elif Outcome.DUE not in others:  # else a server is left undone, and so is its user
                 yield Event(decision.target, Outcome.SPARED, "a server is still there", decision.verdict)
         for event in self._cull_all(self._cull_user, without_server):
             if event.outcome is not Outcome.DUE:
                 yield event
 
     def _cull_servers(self) -> Iterator[Event]:
-        """Cull the servers. Raises WrongAddress if servers were to be asked and none was found."""
-        undecided: list[Decision[Server]] = []
+        """Cull the servers. Raises WrongAddress if they are to be asked, and none has answered at --servers-url."""
+        undecided: list[Decision[Server]] = []  # until another server answers
         error: HubError | None = None
         for event in self._cull_all(self._cull_server, self._findings.servers.values()):
             if isinstance(event.error, WrongAddress) and isinstance(server := event.target, Server):
@@ -2574,7 +2585,7 @@ class Culler:
                 yield event
         if error and self._asker and not self._asker.address_is_right:
             raise error
-        # Another server has answered, so the address is right.
+        # Another server has answered, so the address is right: ask these again.
         yield from self._cull_all(self._cull_server, undecided)
 
     def _cull_all(
@@ -2603,7 +2614,7 @@ class Culler:
         """End the pass after too many failures in a row. The event that reaches the limit says so."""
         if event.outcome is not Outcome.DUE:
             self._failures = self._failures + 1 if event.error and event.error.affects_all else 0
-        # Exactly this many: the failures still in flight do not say it again.
+        # Exactly this many: failures still in flight must not say it again.
         if not event.error or self._failures != max(MOST_FAILURES, 2 * self._settings.concurrency):
             return event
         self._ended = True
@@ -2657,6 +2668,7 @@ class Culler:
         return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
+        """Send the DELETE, and turn the answer into an outcome."""
         server = decision.target
         began = time.monotonic()
         try:
@@ -2713,6 +2725,7 @@ class Culler:
         return second_look(user, verdict)
 
     def _delete_user(self, decision: Decision[User], event: Event) -> Event:
+        """Send the DELETE, and turn the answer into an outcome."""
         try:
             answer = self._hub.delete_user(decision.target.name)
         finally:
@@ -2737,8 +2750,9 @@ class Culler:
         found = self._hub.user(name)
         if found:
             return found
-        size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)  # the Hub may send less than asked for
-        start = max(position - size // 2, 0)  # not just there: a few users may have come before this one
+        # From where the user probably is, back to the start. A Hub sends USUAL_PAGE users at least.
+        size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)
+        start = max(position - size // 2, 0)
         for offset in [*range(start, 0, -size), 0]:
             page = self._hub.page(offset, size=size, ready_only=not self._settings.cull_users)
             for model in page.models:
@@ -2775,12 +2789,12 @@ def second_look(target: Server | User, verdict: Verdict) -> Event:
     return Event(target, Outcome.SPARED, why, verdict)
 
 
-# ---- What a pass came to
+# ---- The result of a pass
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class PassResult:
-    """What a pass came to."""
+    """The result of a pass: counts, errors and the exit code."""
 
     dry_run: bool
     started: datetime = dataclasses.field(default_factory=lambda: datetime.now(UTC))
@@ -2832,7 +2846,7 @@ class PassResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of how many, as in the JSON."""
+        """The counts, under the names that they have in the JSON and in the log."""
         outcomes = {str(outcome): self.outcomes[outcome] for outcome in FINAL_OUTCOMES}
         asked = {"asked": self.asked, "busy": self.busy, "no_answer": self.no_answer}
         return {**outcomes, "deleted": self.deleted, "left_undone": self.undone, "warned": self.warned, **asked}
@@ -2856,7 +2870,7 @@ class PassResult:
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # of sd-daemon(3)
 BAR_FROM = 10  # a pass that culls more than this shows a progress bar
-FAILURE_KINDS = 10  # so many kinds of failures are told apart
+FAILURE_KINDS = 10  # so many kinds of failures are counted apart, all others together
 ERASE_LINE = "\r\033[K"
 NARROWEST = 40  # columns of the smallest terminal that is laid out for
 
@@ -2892,13 +2906,13 @@ class Log:
             self.say("warning" if warn else "info", str(event))
 
     def failure(self, sentence: str, kind: str) -> None:
-        """Log the first failure of each kind as an error, the others, which are only counted, with -v."""
+        """Log the first failure of each kind as an error. Others are counted, and shown with -v."""
         if kind not in self._failures and len(self._failures) >= FAILURE_KINDS:
             kind = ""
         self._failures[kind] += 1
         self.say("error" if kind and self._failures[kind] == 1 else "debug", sentence)
 
-    def count_failures(self) -> None:
+    def repeated_failures(self) -> None:
         """Log how many failures of each kind a pass had, beyond the first."""
         for kind, count in self._failures.items():
             if not kind:
@@ -2908,12 +2922,12 @@ class Log:
         self._failures.clear()
 
     def result(self, result: PassResult, pause: float | None) -> None:
-        """Log what a pass came to, and in how many seconds the next one starts."""
-        self.count_failures()
+        """Log the result of a pass, and in how many seconds the next one starts."""
+        self.repeated_failures()
         following = "" if pause is None else f"; next in {format_duration(timedelta(seconds=round(pause)))}"
         for error in result.errors:
             self.say("error", f"{error}{following}")
-        if not result.dry_run and (result.running or not result.errors):
+        if not result.dry_run and (result.running or not result.errors):  # else there is nothing to count
             self.say("info", f"pass: {result}{following}")
 
     @contextlib.contextmanager
@@ -3020,7 +3034,7 @@ def pass_fields(result: PassResult, url: str) -> dict[str, object]:
         "version": printable(result.version, 40) if result.version else None,
         "running": result.running,
         "idle": result.idle,
-        "planned": result.due_count,
+        "planned": result.due_count,  # also in a real pass
         **result.counts,
         "seconds": round(result.seconds, 3),
         "dry_run": result.dry_run,
@@ -3029,9 +3043,9 @@ def pass_fields(result: PassResult, url: str) -> dict[str, object]:
 
 
 class JsonLines:
-    """Prints JSON on stdout, a line at once for each event and pass, if --json is set.
+    """Prints a line of JSON on stdout for each event and pass, at once, if --json is set.
 
-    When nobody can read it any more, it tells the culler to stop. The log goes on.
+    If nobody can read it any more, it tells the culler to stop. The log goes on.
     """
 
     def __init__(self, settings: Settings, told_to_stop: threading.Event) -> None:
@@ -3098,7 +3112,7 @@ def planned_events(findings: Findings) -> Iterator[Event]:
 def plan_caveats(findings: Findings, identity: Identity | None, settings: Settings) -> Iterator[str]:
     """Why a real pass would do less than planned."""
     try:
-        findings.check(settings.max_culls)
+        findings.check_fuse(settings.max_culls)
     except FuseBlownError as error:
         yield str(error)
     if findings.servers and settings.idle_by is IdleBy.BOTH:
@@ -3207,27 +3221,32 @@ def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
     for target, verdict, would_be, reason in rows:
         idle, age = ("-" if d is None else short(d) for d in (verdict.idle, verdict.age))
         cells.append((encodable(target.full_name), idle, age, encodable(f"{would_be}: {reason}")))
-    names, idles, ages, reasons = (max(map(display_width, column)) for column in zip(TABLE_HEADER, *cells, strict=True))
-    numbers = 2 + idles + 2 + ages + 2
+    widths = [max(map(display_width, column)) for column in zip(TABLE_HEADER, *cells, strict=True)]
+    name_width, idle_width, age_width, reason_width = widths
+    middle_width = 2 + idle_width + 2 + age_width + 2
     beside = True  # reasons stand beside the rest, not below it
-    if width is not None and names + numbers + reasons > width:
-        least = min(names, width // 3)
-        beside = width - least - numbers >= REASON_WIDTH
-        names = min(names, max(least, width - numbers - reasons) if beside else width - numbers + 2)
-        reasons = width - names - numbers if beside else width - 2
-    indent = " " * (names + numbers if beside else 2)
+    if width is not None and name_width + middle_width + reason_width > width:
+        least = min(name_width, width // 3)
+        beside = width - least - middle_width >= REASON_WIDTH
+        if beside:
+            name_width = min(name_width, max(least, width - middle_width - reason_width))
+            reason_width = width - name_width - middle_width
+        else:
+            name_width = min(name_width, width - middle_width + 2)
+            reason_width = width - 2
+    indent = " " * (name_width + middle_width if beside else 2)
     mark = "…" if encodable("…") == "…" else "~"
 
     def line(name: str, idle: str, age: str, why: str) -> str:
-        left = f"{name}{' ' * (names - display_width(name))}  {idle:{idles}}  {age:{ages}}"
+        left = f"{name}{' ' * (name_width - display_width(name))}  {idle:{idle_width}}  {age:{age_width}}"
         return f"{left}  {why}" if beside else f"{left.rstrip()}\n{indent}{why}"
 
     yield click.style(line(*TABLE_HEADER), bold=True)
     for full_name, idle, age, why in cells:
         would_be = why.partition(":")[0]
-        first, *others = wrap(why, reasons)
+        first, *others = wrap(why, reason_width)
         first = click.style(would_be, **COLOURS[would_be]) + first.removeprefix(would_be)
-        yield line(cut_middle(full_name, names, mark), idle, age, first)
+        yield line(cut_middle(full_name, name_width, mark), idle, age, first)
         yield from (indent + other for other in others)
 
 
@@ -3253,9 +3272,9 @@ def bars(idle_for: Mapping[timedelta, int], timeout: timedelta, width: int | Non
 
 
 class Metric(NamedTuple):
-    """A metric, without the prefix of its name; `samples` by label; of a counter, what one pass adds."""
+    """A metric. `samples`: values by label; of a counter, what this pass adds."""
 
-    name: str
+    name: str  # without cull_idle_
     help: str
     samples: Mapping[str, float]
 
@@ -3319,12 +3338,12 @@ def read_metrics(path: str) -> dict[str, float]:
     """The samples in a metrics file, none if there is no file. Raises OSError, or ValueError for another's file."""
     if not os.path.exists(path):
         return {}
-    text = "perhaps a device"
-    if os.path.isfile(path):
-        with open(path, errors="replace") as file:
-            text = file.read()
+    if not os.path.isfile(path):
+        raise ValueError("it is not a file")
+    with open(path, errors="replace") as file:
+        text = file.read()
     if text and not text.startswith("# HELP cull_idle_"):
-        raise ValueError("it is no file of this program, and is not overwritten")
+        raise ValueError("another program wrote it, so it is not overwritten")
     samples = re.findall(r"^(cull_idle_\S+) (-?\d+(?:\.\d+)?(?:e[+-]\d+)?)\n", text, re.MULTILINE)
     return {name: float(value) for name, value in samples}
 
@@ -3345,7 +3364,7 @@ def check_metrics_file(path: str) -> None:
 
 NOTICE_SECONDS = 30  # for one command
 NOTICES_AT_ONCE = 4
-LATE_NOTICES = 10  # after so many commands that were not done in time, a pass runs no more: it would take hours
+LATE_NOTICES = 10  # commands not done in time, after which a pass runs no more: it would take hours
 NOTICE_VARIABLES = {"EVENT": "outcome", "USER": "user", "SERVER": "server", "DUE": "due"}  # and JSON fields
 NOTIFIED = (Outcome.WARNED, Outcome.CULLED, Outcome.STOPPING, Outcome.FAILED)
 
@@ -3388,7 +3407,7 @@ class Notices:
         for thread in self._threads:
             thread.join()
         for event, why in self._failed:
-            name = event.target.full_name.removeprefix("user ")
+            name = printable(event.target.name) if isinstance(event.target, User) else event.target.full_name
             yield f"--notify for {name}: {why}", f"--notify: {why.partition(': ')[0]}"
         if self._left_out:
             why = "told to stop" if self._told_to_stop.is_set() else f"{len(self._late)} were not done in time"
@@ -3482,10 +3501,13 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
     user, now = found
     if user is None:
         raise SettingsError(f"--explain: {hub.url} knows no user {one_line(user_name, 40)!r}.")
-    ahead = round((now - datetime.now(UTC)).total_seconds())
-    difference = f"{format_duration(timedelta(seconds=abs(ahead)))} {'ahead of' if ahead > 0 else 'behind'}"
     yield "hub", f"{hub.url}, JupyterHub {printable(hub.version, 20) if hub.version else 'of an unknown version'}"
-    yield "clock", format_time(now) + (f", {difference} this machine's" if abs(ahead) > 1 else "")
+    clock = format_time(now)
+    ahead = round((now - datetime.now(UTC)).total_seconds())
+    if abs(ahead) > 1:
+        difference = format_duration(timedelta(seconds=abs(ahead)))
+        clock += f", {difference} {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    yield "clock", clock
     explains_user = context.settings.cull_users and not server_name
     servers = [
         ask_if_it_decides(context, server, now) if explains_user or server.name == server_name else server
@@ -3690,7 +3712,7 @@ class Loop:
         self._token = read_token(settings.token_file)
         self._token_problem = ""  # why the last token is still used
         self._identity: Identity | None = None
-        self._scopes_checked = False
+        self._pass_has_worked = False
         self._address_is_right = False  # a server has answered at --servers-url
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
@@ -3742,13 +3764,13 @@ class Loop:
                 with self._open_asker(hub, result) as asker:
                     context = self._context(hub, asker)
                     if self.settings.dry_run:
-                        self._plan(context, result)
+                        self._scan_and_show(context, result)
                     else:
-                        self._cull(context, result)
+                        self._scan_and_cull(context, result)
         except CullError as error:
             result.errors.append(error)
         result.seconds = time.monotonic() - began
-        self._scopes_checked = self._scopes_checked or not result.errors
+        self._pass_has_worked = self._pass_has_worked or not result.errors
         return result
 
     def _context(self, hub: Hub, asker: Asker | None) -> PassContext:
@@ -3756,7 +3778,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _open_asker(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asker | None]:
-        """What asks servers, if they are to be asked; in the end the result counts them. Raises HubError."""
+        """Open the Asker if servers are to be asked; at the end, count its answers in the result. Raises HubError."""
         if not self.settings.asks_servers:
             yield None
             return
@@ -3772,23 +3794,25 @@ class Loop:
                     count = f"{result.no_answer} of {result.asked} servers asked gave no answer"
                     self.log.say("warning", f"{count}, so the Hub's word counts; the first: {asker.first_problem}")
 
-    def _cull(self, context: PassContext, result: PassResult) -> None:
-        """Scan, decide, check the fuse, cull, and report each event. Raises CullError."""
+    def _scan_and_cull(self, context: PassContext, result: PassResult) -> None:
+        """Scan and decide, warn, check the fuse, cull, and report each event. Raises CullError."""
         findings = self._scan(context, result, self.log.kept)
         with self._notices() as notices, self.log.progress(findings.due_count):
-            for event in self._warn_and_cull(context, findings):
-                result.count(event)
-                self.log.event(event)
-                self.json_lines.event(event)
-                if notices:
-                    notices.send(event)
+            for event in self._new_warnings(findings):
+                self._report_event(event, result, notices)
+            findings.check_fuse(self.settings.max_culls)
+            for event in Culler(context, findings).cull():
+                self._report_event(event, result, notices)
 
-    def _warn_and_cull(self, context: PassContext, findings: Findings) -> Iterator[Event]:
-        yield from self._new_warnings(findings)
-        findings.check(self.settings.max_culls)
-        yield from Culler(context, findings).cull()
+    def _report_event(self, event: Event, result: PassResult, notices: Notices | None) -> None:
+        """Count an event, and tell everybody of it."""
+        result.count(event)
+        self.log.event(event)
+        self.json_lines.event(event)
+        if notices:
+            notices.send(event)
 
-    def _plan(self, context: PassContext, result: PassResult) -> None:
+    def _scan_and_show(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide and show. Raises CullError."""
         kept: list[Decision[Server] | Decision[User]] = []
         findings = self._scan(context, result, self.log.kept if self.settings.json else kept.append)
@@ -3813,7 +3837,7 @@ class Loop:
         return findings
 
     def _new_warnings(self, findings: Findings) -> Iterator[Event]:
-        """Warnings of servers that will be due soon, each once, until something happens to the server."""
+        """Warnings of servers that will be due soon, once for each due time. Others are logged as kept."""
         if findings.hub_time:  # forget those that were due meanwhile
             now = findings.hub_time
             self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now}
@@ -3862,15 +3886,17 @@ class Loop:
         except SettingsError as error:
             problem = str(error)
         if self._token != before:
-            self._scopes_checked = False
+            self._pass_has_worked = False
         if problem and problem != self._token_problem:
             self.log.say("warning", f"{problem} The last token stays in use.")
         self._token_problem = problem
 
     def _check_scopes(self, hub: Hub) -> None:
-        """Check the token's scopes until a pass has worked, unless the Hub cannot tell them. Raises HubError."""
-        # Where servers are asked, before each pass: without the scope `tokens` they would seem not to answer.
-        if self._scopes_checked and not self.settings.asks_servers:
+        """Check the token's scopes until a pass has worked, if the Hub can tell them. Raises HubError.
+
+        Where servers are asked, before each pass: without the scope `tokens` they would seem not to answer.
+        """
+        if self._pass_has_worked and not self.settings.asks_servers:
             return
         try:
             self._identity = with_retries(hub.identity, self.told_to_stop)
@@ -3969,7 +3995,7 @@ def warnings_about(settings: Settings) -> Iterator[str]:
     own = {f"{prefix}{name}" for name in NOTICE_VARIABLES}  # in the environment of a --notify command
     for name in sorted(os.environ):
         if name.startswith(prefix) and name not in known and name not in own:
-            suggestion = f"; did you mean ${near[0]}?" if (near := similar(name, known)) else ""
+            suggestion = f"; did you mean ${near}?" if (near := most_similar(name, known)) else ""
             yield f"${printable(name)} is not an option of this program{suggestion}"
 
 

@@ -634,7 +634,7 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("timeot = 1", "FILE has a key 'timeot', which is no option; did you mean timeout?"),
+        ("timeot = 1", "FILE has a key 'timeot', which is not an option; did you mean timeout?"),
         ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section, but no option is in one."),
         ("[timeout]\nx = 1", "FILE: [timeout] is a section"),
         ("timeout = ['1h']", "FILE: timeout must be one value, not a list."),
@@ -1332,7 +1332,7 @@ def test_commands_that_are_left_out(
 def test_a_metrics_file_of_another_program(cull_scripted: Cull, tmp_path: Path) -> None:
     file = tmp_path / "node.prom"
     file.write_text("node_load1 0.21\n")
-    why = "is there already: it is no file of this program, and is not overwritten."
+    why = "is there already: another program wrote it, so it is not overwritten."
     result = cull_scripted(f"--metrics-file={file}")
     assert result.lines == [f"cull_idle.py: --metrics-file {file} {why}"]
 
@@ -1346,7 +1346,7 @@ def test_a_metrics_file_that_cannot_be_written(cull_scripted: Cull, scripted: Sc
     file = tmp_path / "cull_idle.prom"
     scripted.fault("GET", "/users", then_do(lambda: file.write_text("node_load1 0.21\n")))
     assert cull_scripted("-q", f"--metrics-file={file}").lines == [
-        f"ERROR    --metrics-file {file} is not written: it is no file of this program, and is not overwritten"
+        f"ERROR    --metrics-file {file} is not written: another program wrote it, so it is not overwritten"
     ]
 
 
