@@ -1966,6 +1966,10 @@ class NoAnswer(Exception):
     """A server gave no usable answer. The text never quotes the server, which may be hostile."""
 
 
+class NotReached(NoAnswer):
+    """A redirect, or a refused token: perhaps not the server answered, but a proxy that has lost the route to it."""
+
+
 class WrongAddress(HubError):
     """--servers-url, or a setting of this machine such as a proxy, leads to no server, or a hostile server pretends so.
 
@@ -2016,19 +2020,28 @@ class Asker:
                 " give it the whole scope tokens, or use JupyterHub 5 or later"
             )
 
-    def ask(self, server: Server) -> OwnActivity:
-        """Ask one server. Raises HubError if the Hub makes no token, and WrongAddress."""
+    def ask(self, server: Server, now: datetime) -> Server:
+        """The server with its own last activity, as --idle-by counts it; in doubt if it alone is not reached.
+
+        Raises HubError if the Hub makes no token, and WrongAddress.
+        """
         activities: list[OwnActivity] = []
         try:
             self._ask(server, activities)
             nothing = OwnActivity(Source.KERNEL)  # no kernel and no terminal
             own = min(activities, key=lambda each: each.idle or ZERO, default=nothing)
+        except NotReached as error:
+            if not self.address_is_right:
+                where = f"GET {server_address(server, self._settings)}/api/kernels"
+                raise WrongAddress(f"servers cannot be asked: {where} {error}; {SERVERS_HINT}") from None
+            self.sources[server.user, server.name] = Source.HUB
+            return replace(server, doubt=f"its own activity is unknown: it {error}")
         except NoAnswer as error:
             answered = [each.idle for each in activities if each.idle is not None]
             own = OwnActivity(Source.NO_ANSWER, min(answered, default=None))
             self.first_problem = self.first_problem or f"{server.full_name} {error}"
         self.sources[server.user, server.name] = own.source
-        return own
+        return with_own_activity(server, own, self._settings.idle_by, now)
 
     def _ask(self, server: Server, activities: list[OwnActivity]) -> None:
         """Ask with a token of its own. Adds to `activities`, so that NoAnswer does not lose a part. Raises NoAnswer."""
@@ -2089,10 +2102,10 @@ class Asker:
         # The Hub's own port redirects to /hub/user/…, an ingress that wants https: to the same path. So does the proxy
         # if a server is gone, and so may a hostile server.
         redirected = 300 <= status < 400 and where.partition("?")[0].endswith("/" + url.split("/", 3)[3])
-        if (redirected or status in (401, 403)) and not self.address_is_right:
-            to_token = " to a token made for it" if token else ""
-            what = "is redirected, to the Hub or to https:" if redirected else f"answered {status}{to_token}"
-            raise WrongAddress(f"servers cannot be asked: GET {url} {what}; {SERVERS_HINT}")
+        if redirected:
+            raise NotReached("is redirected, to the Hub or to https:")
+        if status in (401, 403):
+            raise NotReached(f"answered {status}" + (" to a token made for it" if token else ""))
         raise NoAnswer(f"answered {status}")
 
 
@@ -2449,15 +2462,13 @@ class Scan:
         if self._context.told_to_stop.is_set():
             return replace(server, doubt="not asked, because the pass is told to stop")
         try:
-            own = with_retries(partial(asker.ask, server), self._context.told_to_stop)
-        except WrongAddress as error:
-            self._wrong_address = self._wrong_address or error
-            own = OwnActivity(Source.NO_ANSWER)  # before a stop, Culler asks again
+            return with_retries(partial(asker.ask, server, now), self._context.told_to_stop)
         except HubError as error:
-            if error.affects_all or error.refused:
+            if isinstance(error, WrongAddress):
+                self._wrong_address = self._wrong_address or error
+            elif error.affects_all or error.refused:
                 raise
             return replace(server, doubt=str(error))
-        return with_own_activity(server, own, self._settings.idle_by, now)
 
     def _decide_server(self, server: Server, now: datetime, position: int) -> bool:
         """Decide about a server; returns whether it is due. `position`: of its user in the user list."""
@@ -2663,8 +2674,7 @@ class Culler:
         verdict = self._judge.decide(server, now)
         may_ask = verdict.cull or self._settings.asks_while_scanning
         if self._asker and may_ask and self._judge.worth_asking(server, now):
-            server = with_own_activity(server, self._asker.ask(server), self._settings.idle_by, now)
-            verdict = self._judge.decide(server, now)
+            verdict = self._judge.decide(self._asker.ask(server, now), now)
         return verdict
 
     def _stop_server(self, decision: Decision[Server], event: Event) -> Event:
@@ -3523,7 +3533,7 @@ def ask_if_it_decides(context: PassContext, server: Server, now: datetime) -> Se
     """The server with its own last activity, if --idle-by asks while scanning. Raises HubError."""
     if not (context.asker and context.settings.asks_while_scanning and context.judge.worth_asking(server, now)):
         return server
-    return with_own_activity(server, context.asker.ask(server), context.settings.idle_by, now)
+    return context.asker.ask(server, now)
 
 
 def explain_server(context: PassContext, user: User, name: str, now: datetime) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from hub import free_ports
-from runs import Cull, Result
+from runs import Cull, Result, RunLoop
 from scripted_hub import (
     ALL_SCOPES,
     HOUR,
@@ -396,8 +396,7 @@ def test_nothing_that_a_server_or_the_environment_plants_is_sent(
 # Hostile servers
 
 HOSTILE: dict[str, Reply] = {
-    **{str(code): respond(code) for code in CODES},
-    "redirect to the Hub": redirect("/hub/user/ann/api/kernels"),
+    **{str(code): respond(code) for code in CODES if code not in (401, 403)},
     "HTML": html(),
     "nothing": respond(200),
     "no HTTP": raw(b"\x00" * 100),
@@ -560,6 +559,43 @@ def test_where_every_server_refuses_its_token_nothing_is_stopped(
     assert f"answered {status} to a token made for it" in result.err
     assert "--servers-url" in result.err
     assert scripted.running() == {"ann", "bob"}
+
+
+def to_the_hub(exchange: Exchange) -> Answer:
+    return redirect(f"/hub{exchange.request.target}")(exchange)
+
+
+NOT_REACHED: dict[str, Reply] = {"401": respond(401), "403": respond(403), "a redirect": to_the_hub}
+
+
+@pytest.mark.parametrize("how", NOT_REACHED)
+@pytest.mark.parametrize("path", ["kernels", "terminals", "status"])
+@pytest.mark.parametrize("mode", ["both", "server"])
+@pytest.mark.parametrize("first", ["ann", "bob"])
+def test_a_server_that_alone_is_not_reached_is_kept_alone(
+    cull_asking: Cull, scripted: ScriptedHub, first: str, mode: str, path: str, how: str
+) -> None:
+    for name in (first, *({"ann", "bob"} - {first})):
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(2 * HOUR)))
+    scripted.fault("GET", f"/user/ann/api/{path}", NOT_REACHED[how], times=None)
+    result = cull_asking("--idle-by", mode, "--json", "--concurrency=1")
+    assert result.exit_code == 0
+    assert scripted.running() == {"ann"}
+    (warning,) = result.warnings
+    assert "ann" in warning
+    assert total(result)["no_answer"] == 0
+
+
+def test_a_proxy_that_has_lost_its_routes_costs_no_busy_server(loop: RunLoop, scripted: ScriptedHub) -> None:
+    """As after a restart of the proxy: until the Hub adds the routes again, it sends all requests to the Hub."""
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+
+    def lose_the_routes() -> None:
+        scripted.leads_to_servers = False
+
+    done = loop(scripted, "--timeout=1h", "--idle-by=both", between=[lose_the_routes])
+    assert scripted.running() == {"ann"}
+    assert [each.said["ann"][:2] for each in done.passes] == [("INFO", "spared"), ("WARNING", "spared")]
 
 
 def to_https(exchange: Exchange) -> Answer:
