@@ -1356,6 +1356,7 @@ NEEDS_HUB_3 = "--idle-by needs JupyterHub 3 or later"
 TOKEN_HINT = (
     "the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub 2.0: be an admin)"
 )
+PROXY_HINT = "these are not the Hub's words, so a proxy or firewall before it may refuse this request"
 
 # One answer is parsed at a time: what users put into their options takes up to 30 times its length in memory.
 parsing = threading.Lock()
@@ -1657,7 +1658,8 @@ class Hub:
             return None
         kind = f"GET /users/…: the Hub answered {answer.status}"
         if answer.status in (401, 403):
-            raise HubError(f"GET {path}: the Hub {answer}; {TOKEN_HINT}", kind, refused=True)
+            hint = TOKEN_HINT if answer.error else PROXY_HINT
+            raise HubError(f"GET {path}: the Hub {answer}; {hint}", kind, refused=bool(answer.error))
         if answer.status != 200:
             raise HubError(f"GET {path}: the Hub {answer}", kind)
         try:
@@ -2774,8 +2776,8 @@ class Culler:
         """The event for a DELETE that did not work. `scope`, or one of the others, would allow it."""
         sentence = f"the Hub {answer}"
         kind = f"the Hub answered {answer.status}"
-        refused = answer.status in (401, 403)
-        if refused:
+        refused = answer.status in (401, 403) and answer.error is not None
+        if answer.status in (401, 403):
             sentence += f"; {self._advice(answer, scope)}"
         elif answer.status == 404 and answer.error:
             filtered = self._identity.filtered(scope, *others) if self._identity else []
@@ -2786,6 +2788,8 @@ class Culler:
 
     def _advice(self, answer: Answer, scope: str) -> str:
         """What helps against a refusal."""
+        if not answer.error:
+            return PROXY_HINT
         if answer.status == 401 or not self._identity:
             return TOKEN_HINT
         return f"the token needs the scope {scope}; {advice_on_scopes(self._identity, [scope])}"

@@ -426,7 +426,7 @@ def test_a_pass_without_a_list_counts_nothing(scripted: ScriptedHub, cull_script
 def test_a_pass_without_permission_leaves_the_rest_undone(scripted: ScriptedHub, cull_scripted: Cull) -> None:
     for number in range(4):
         scripted.add(f"user{number}", idle=LONG_AGO)
-    scripted.fault("DELETE", ".*", respond_json(403, {}), times=None)
+    scripted.fault("DELETE", ".*", of_hub(403), times=None)
     done = told(cull_scripted("--json", "-q", "--timeout=1h", "--concurrency=1"))
     assert (done.total["failed"], done.total["left_undone"]) == (1, 3)
     assert done.result.exit_code == 3

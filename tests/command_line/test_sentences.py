@@ -873,7 +873,7 @@ def test_a_server_that_is_slow_to_stop(cull_scripted: Cull, scripted: ScriptedHu
 
 def test_a_stop_for_which_the_scope_is_missing(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", respond(403))
+    scripted.fault("DELETE", "/users/ann/server", of_hub(403))
     assert (
         cull_scripted("--timeout", "1h")
         .lines[0]
@@ -886,10 +886,19 @@ def test_a_stop_for_which_the_scope_is_missing(cull_scripted: Cull, scripted: Sc
 
 def test_a_stop_for_which_the_token_is_refused(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", respond(401))
+    scripted.fault("DELETE", "/users/ann/server", of_hub(401))
     assert cull_scripted("--timeout", "1h").lines[0] == (
         "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 401; the token must be of this Hub and not expired,"
         " and its owner must have a role (before JupyterHub 2.0: be an admin)"
+    )
+
+
+def test_a_stop_that_a_firewall_refuses(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("DELETE", "/users/ann/server", html(403))
+    assert cull_scripted("--timeout", "1h").lines[0] == (
+        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 403; these are not the Hub's words, so a proxy or"
+        " firewall before it may refuse this request"
     )
 
 

@@ -16,6 +16,8 @@ from scripted_hub import (
     ScriptedHub,
     done_but_lost,
     hang,
+    html,
+    of_hub,
     redirect,
     reset,
     respond,
@@ -157,7 +159,7 @@ def test_a_server_that_takes_longer_than_the_hub_waits_is_stopping_and_keeps_its
 def test_a_403_names_the_scope_and_shows_the_role(
     cull_scripted: Cull, scripted: ScriptedHub, ann: str, path: str, scope: str
 ) -> None:
-    scripted.fault("DELETE", path, respond_json(403, {"message": "you may not"}))
+    scripted.fault("DELETE", path, of_hub(403, "you may not"))
     result = cull_scripted("--timeout", "1h", ann)
     assert result.exit_code == 3
     (failed,) = result.said.values()
@@ -172,17 +174,34 @@ def test_a_403_names_the_scope_and_shows_the_role(
 def test_a_refusal_ends_the_pass(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
     for index in range(30):
         scripted.add(f"user-{index}", idle=LONG_AGO)
-    scripted.fault("DELETE", ".*", respond(status), times=None)
+    scripted.fault("DELETE", ".*", of_hub(status), times=None)
     result = cull_scripted("--timeout", "1h", "--concurrency", "1")
     assert result.exit_code == 3
     assert len(scripted.lines("DELETE")) == 1
     assert result.counts == {"running": 30, "due": 30, "failed": 1, "left undone": 29}
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("request_", ["GET /users/eve", "DELETE /users/eve/servers/.env"])
+def test_a_refusal_that_is_not_the_hubs_concerns_one_server_only(
+    cull_scripted: Cull, scripted: ScriptedHub, request_: str, status: int
+) -> None:
+    """A firewall before the Hub refuses what its rules call dangerous."""
+    scripted.add("eve", ".env", idle=LONG_AGO)
+    for index in range(30):
+        scripted.add(f"user-{index}", idle=LONG_AGO)
+    method, path = request_.split()
+    scripted.fault(method, path, html(status), times=None)
+    result = cull_scripted("--timeout", "1h", "--concurrency", "1")
+    assert result.exit_code == 1
+    assert result.counts == {"running": 31, "due": 31, "culled": 30, "failed": 1}
+    assert "scope" not in result.err
+
+
 def test_after_a_403_for_a_server_no_user_is_deleted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.add_user("bob", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", respond(403))
+    scripted.fault("DELETE", "/users/ann/server", of_hub(403))
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 3
     assert set(scripted.users) == {"ann", "bob"}
@@ -195,7 +214,7 @@ def test_after_a_403_a_stop_in_flight_that_works_does_not_let_the_pass_go_on(
     scripted.add("bob", idle=LONG_AGO)
     scripted.add_user("cat", idle=LONG_AGO)
     bob_is_stopping = threading.Event()
-    scripted.fault("DELETE", "/users/ann/server", then_do(lambda: bob_is_stopping.wait(5), respond(403)))
+    scripted.fault("DELETE", "/users/ann/server", then_do(lambda: bob_is_stopping.wait(5), of_hub(403)))
     scripted.fault("DELETE", "/users/bob/server", then_do(bob_is_stopping.set, slow(0.1)))
     assert cull_scripted("--timeout", "1h", "--cull-users", "--concurrency", "2").exit_code == 3
     assert scripted.running() == {"ann"}
