@@ -412,6 +412,7 @@ HOSTILE: dict[str, Reply] = {
     "an object": respond_json(200, {}),
     "a number": respond_json(200, 5),
     "an odd redirect": redirect("http://[/user/ann"),
+    "an odd cookie": respond(500, headers={"Set-Cookie": f"a=b; expires=Mon, 01-Jan-{'9' * 5000} 00:00:00 GMT"}),
     "null": respond_json(200, None),
     "numbers": respond_json(200, [1]),
     "no time": respond_json(200, [{"id": "1"}]),
