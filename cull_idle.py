@@ -1823,14 +1823,14 @@ def segment(name: str) -> str:
 
 
 # Paths that lead to the user list only if the code is decoded on the way; else they lead nowhere.
-PROBES = {"%2F": "%2Fusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
+PROBES = {"%2F": "%2Fusers", "%5C": "%5Cusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
 
 
 def risky_codes(name: str) -> list[str]:
     """The codes in a name's segment that would change the path if a proxy decoded them. # and % are probed like ?."""
     if name in (".", ".."):
         return ["%2E"]
-    codes = ["%2F"] if "/" in name else []
+    codes = [code for sign, code in (("/", "%2F"), ("\\", "%5C")) if sign in name]
     return [*codes, "%3F"] if any(sign in name for sign in "?#%") else codes
 
 

@@ -141,7 +141,7 @@ class Seen:
     @property
     def is_probe(self) -> bool:
         """Whether it is to find out if a proxy rewrites paths."""
-        return re.search(r"(%2Fusers|/%2E/users|/users%3F)(\?limit=1)?$", self.target) is not None
+        return re.search(r"(%2Fusers|%5Cusers|/%2E/users|/users%3F)(\?limit=1)?$", self.target) is not None
 
     @property
     def stopped(self) -> FakeServer | None:
@@ -384,7 +384,7 @@ CHANGES: list[Change] = [
 ]
 PAGES, LOOKS = ("GET", r"/users(\?.*)?"), ("GET", r"/users/[^/]+")
 STOPS, USER_DELETES = ("DELETE", r"/users/[^/]+/server.*"), ("DELETE", r"/users/[^/]+")
-PROBES = ("GET", r"(%2Fusers|/%2E/users|/users%3F).*")
+PROBES = ("GET", r"(%2Fusers|%5Cusers|/%2E/users|/users%3F).*")
 PLACES = [PAGES, PAGES, LOOKS, LOOKS, LOOKS, STOPS, STOPS, USER_DELETES, PROBES]
 FAULTS: list[Reply] = [respond(500), respond(503), reset(), done_but_lost(), truncated(), html()]
 FAULTS += [html(status, f"<html><h1>{status} from the ingress</h1></html>") for status in (400, 404, 404, 405, 502)]

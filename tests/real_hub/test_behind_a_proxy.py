@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,11 @@ def dots_resolved(path: str) -> str:
 def decoded(path: str) -> str:
     """nginx whose proxy_pass ends in a path: decoded, resolved, and some of it encoded again."""
     return quote(resolved(unquote(path)), safe="/;+&'@[]!$()*,:=~")
+
+
+def backslashes_merged(path: str) -> str:
+    """Envoy with DECODE_AND_MERGE_SLASHES."""
+    return resolved(re.sub("%2F|%5C", "/", path))
 
 
 def decoded_for_good(path: str) -> str:
@@ -185,7 +191,9 @@ def test_all_pages_are_read_though_the_hub_says_that_the_next_one_is_on_another_
 
 # Names that differ from others only by characters that a proxy may decode. Older Hubs took those of servers.
 ODD_USERS = ["ann?x", "bob#1", "carol%2fdave", "dave smith", "\u00fcn\u00ef", "100%"]
-ODD_SERVERS = [".", "..", "gpu?x", "gpu#x", "%2E", "a/b", "x/../gpu", "../../ann/server", "../ann", "g%70u", "..."]
+BACK = r"..\..\ann\server"
+ODD_SERVERS = [".", "..", "...", "gpu?x", "gpu#x", "%2E", "g%70u", "a/b", "x/../gpu", "../../ann/server", "../ann"]
+ODD_SERVERS += [BACK]
 BUSY_SERVERS = {"ann", "bob", "bob/gpu", "bob/a", "busy"}
 
 
@@ -214,10 +222,11 @@ def test_odd_names_are_culled_through_a_proxy(odd_hub: RealHub, proxy: ReversePr
     ("rewrite", "code", "kept"),
     [
         (dots_resolved, "%2E", {".", ".."}),
+        (backslashes_merged, "%5C", {"a/b", "x/../gpu", "../../ann/server", "../ann", BACK}),
         (decoded, "%2F", {".", "..", "a/b", "x/../gpu", "../../ann/server", "../ann"}),
-        (decoded_for_good, "%3F", {*ODD_SERVERS} - {"..."}),
+        (decoded_for_good, "%3F", {*ODD_SERVERS} - {"...", BACK}),
     ],
-    ids=["dots resolved", "decoded", "decoded for good"],
+    ids=["dots resolved", "backslashes merged", "decoded", "decoded for good"],
 )
 def test_behind_a_proxy_that_rewrites_paths_nobody_else_is_culled(
     odd_hub: RealHub, certificates: Path, cull: Cull, rewrite: Rewrite, code: str, kept: set[str]
