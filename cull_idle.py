@@ -1699,7 +1699,7 @@ class Hub:
         note = f"Server at {server.full_name}: idle?"
         body = {"scopes": [scope], "note": note, "expires_in": round(lifetime.total_seconds())}
         answer = self._request("POST", path, body=body)
-        if answer.status in (400, 403, 404) and answer.error:
+        if answer.status in (403, 404) and answer.error:
             return None
         try:
             model = answer.json()

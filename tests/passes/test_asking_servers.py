@@ -34,6 +34,7 @@ from scripted_hub import (
     edited,
     hang,
     html,
+    of_hub,
     raw,
     redirect,
     reset,
@@ -340,6 +341,16 @@ def test_a_server_is_kept_if_the_hub_makes_no_token(cull_asking: Cull, scripted:
     result = cull_asking("--idle-by=both")
     assert result.exit_code == 1
     assert result.outcomes == {"ann": "failed"}
+    assert scripted.running() == {"ann"}
+
+
+def test_a_server_is_kept_if_the_hub_limits_how_long_a_token_lives(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    """JupyterHub.token_expires_in_max_seconds may be less than a long --request-timeout needs."""
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("POST", ".*", of_hub(400, "token expires_in: 3660 must not exceed 3600"), times=None)
+    result = cull_asking("--idle-by=both")
+    assert result.exit_code == 1
+    assert "must not exceed 3600" in result.said["ann"].reason
     assert scripted.running() == {"ann"}
 
 
