@@ -3859,7 +3859,7 @@ class Loop:
         """Warnings of servers that will be due soon, once for each due time. Others are logged as kept."""
         if findings.hub_time:  # forget those that were due meanwhile
             now = findings.hub_time
-            self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now}
+            self._warned = {key: due_at for key, due_at in self._warned.items() if due_at > now - SAME_TIME}
         for key, event in findings.warnings.items():
             before = self._warned.get(key)
             if event.due_at and (before is None or abs(event.due_at - before) > SAME_TIME):

@@ -318,6 +318,22 @@ def test_what_a_server_says_a_few_seconds_off_causes_no_second_warning(loop: Run
     assert [warned(each) for each in passes] == [["ann"], [], [], ["ann"]]
 
 
+def test_a_due_time_that_is_over_when_the_next_differs_a_little_causes_no_second_warning(
+    loop: RunLoop, scripted: ScriptedHub
+) -> None:
+    scripted.add("ann", idle=NEARLY_DUE)
+    now = scripted.now
+
+    def the_due_time_passes() -> None:
+        server = scripted.users["ann"].servers[""]
+        assert isinstance(server.last_activity, datetime)
+        server.last_activity += timedelta(seconds=25)
+        scripted.now = now + timedelta(seconds=3600 - NEARLY_DUE + 10)
+
+    passes = loop(scripted, *ARGS, between=[the_due_time_passes]).passes
+    assert [warned(each) for each in passes] == [["ann"], []]
+
+
 def test_a_server_that_was_warned_is_kept_from_then_on(loop: RunLoop, nearly: ScriptedHub) -> None:
     first, *others = loop(nearly, *ARGS, "-v", between=[nothing, nothing]).passes
     assert first.outcomes == {"ann": "warned", "bob": "warned"}
