@@ -2646,6 +2646,8 @@ class Culler:
     def _cull_server(self, decision: Decision[Server]) -> Event:
         """Look at a server again, and stop it if it is still due."""
         with self._one_by_one.get(decision.target.user, contextlib.nullcontext()):
+            if self._is_over():  # while another server of this user was stopped
+                return Event(decision.target, Outcome.DUE, decision.verdict.reason, decision.verdict)
             event = self._look_at_server(decision)
             if event.outcome is Outcome.DUE and not self._is_over():
                 return self._stop_server(decision, event)

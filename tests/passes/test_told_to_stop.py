@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +34,23 @@ def test_a_pass_told_to_stop_during_a_second_look_deletes_nothing(
     assert scripted.lines()[-1] == "GET /users/ann"
     assert result.exit_code == 1
     assert result.counts["left undone"] == result.counts["due"]
+
+
+def test_a_pass_told_to_stop_looks_at_no_other_server_of_the_user(
+    cull_scripted: Cull, scripted: ScriptedHub, tell_to_stop: Callable[[], None]
+) -> None:
+    """With --cull-users, a user's servers are stopped one after another: the others wait for their turn."""
+    for name in ("", "a", "b"):
+        scripted.add("ann", name, idle=LONG_AGO)
+
+    def tell_once_the_others_wait() -> None:
+        time.sleep(0.1)
+        tell_to_stop()
+
+    scripted.fault("GET", "/users/ann", and_do(tell_once_the_others_wait))
+    result = cull_scripted("--timeout=1h", "--cull-users")
+    assert scripted.lines().count("GET /users/ann") == 1
+    assert (result.exit_code, result.counts["left undone"]) == (1, result.counts["due"])
 
 
 def test_a_pass_told_to_stop_during_the_scan_reads_no_other_page(
