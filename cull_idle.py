@@ -1565,11 +1565,16 @@ class Connections:
         if "_adapter" in vars(self):
             self._adapter.close()
 
-    def send(self, method: str, url: str, headers: Mapping[str, str], body: object = None) -> requests.Response:
-        """Send a request; `body` becomes JSON. The answer's body is not read yet."""
+    def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: object = None, timeout: float | None = None
+    ) -> requests.Response:
+        """Send a request; `body` becomes JSON. The answer's body is not read yet.
+
+        timeout: seconds for the whole answer, if less than --request-timeout.
+        """
         import requests
 
-        timeout = self.request_timeout.total_seconds()
+        timeout = self.request_timeout.total_seconds() if timeout is None else timeout
         timeouts = (min(timeout, CONNECT_SECONDS), timeout)
         prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
         prepared.url = url  # as it is: requests would decode %2E in it
@@ -2011,7 +2016,8 @@ class Asker:
         """Raise HubError if no server can be asked: a wrong address, a Hub before 3, before 5 with a filtered scope."""
         url = f"{self._settings.servers_root}/hub/api"
         try:
-            version = str(self._get(url).json()["version"])
+            deadline = time.monotonic() + self._settings.request_timeout.total_seconds()
+            version = str(self._get(url, deadline).json()["version"])
             major = int(version.partition(".")[0])
         except (NoAnswer, ValueError, LookupError, TypeError, RecursionError) as error:
             why = f" {error}" if isinstance(error, NoAnswer) else " is not the API of a JupyterHub"
@@ -2051,38 +2057,49 @@ class Asker:
         return with_own_activity(server, own, self._settings.idle_by, now)
 
     def _ask(self, server: Server, activities: list[OwnActivity]) -> None:
-        """Ask with a token of its own. Adds to `activities`, so that NoAnswer does not lose a part. Raises NoAnswer."""
-        token = self._hub.make_token(server, 3 * self._settings.request_timeout + timedelta(minutes=1))
+        """Ask with a token of its own. Adds to `activities`, so that NoAnswer does not lose a part. Raises NoAnswer.
+
+        A server has --request-timeout for all its answers: one that is slow on purpose must not hold up a pass.
+        """
+        timeout = self._settings.request_timeout
+        token = self._hub.make_token(server, timeout + timedelta(minutes=1))
         if not token:
             raise NoAnswer("is not asked: its user is gone, or the culler's scope tokens does not cover them")
         address = server_address(server, self._settings)
+        deadline = time.monotonic() + timeout.total_seconds()
         try:
-            activities += parse_activities(self._get(f"{address}/api/kernels", token), Source.KERNEL)
+            activities += parse_activities(self._get(f"{address}/api/kernels", deadline, token), Source.KERNEL)
             self.address_is_right = True
             if activities != [BUSY]:
-                terminals = self._get(f"{address}/api/terminals", token, optional=True)
+                terminals = self._get(f"{address}/api/terminals", deadline, token, optional=True)
                 activities += parse_activities(terminals, Source.TERMINAL)
                 if self._settings.idle_by is not IdleBy.KERNELS:
-                    status = self._get(f"{address}/api/status", token)
+                    status = self._get(f"{address}/api/status", deadline, token)
                     activities += parse_activities(status, Source.SERVER)
         finally:
             self._hub.revoke_token(token)
 
-    def _send(self, url: str, headers: Mapping[str, str], *, tries: int = 2) -> tuple[requests.Response, bytes]:
+    def _send(
+        self, url: str, headers: Mapping[str, str], deadline: float, *, tries: int = 2
+    ) -> tuple[requests.Response, bytes]:
         """Send a GET and read the answer; once more if the connection is lost, as one kept alive may be at any time."""
         from urllib3 import exceptions
 
+        timeout = deadline - time.monotonic()
+        if timeout <= 0:
+            raise TimeoutError
         try:
-            with self._connections.send("GET", url, headers) as response:
+            with self._connections.send("GET", url, headers, timeout=timeout) as response:
                 return response, response.raw.read(LARGEST_SERVER_ANSWER + 1, decode_content=False)
         except (OSError, exceptions.HTTPError) as error:
             if tries == 1 or not is_among(causes_of(error), exceptions.ProtocolError):
                 raise
-        return self._send(url, headers, tries=tries - 1)
+        return self._send(url, headers, deadline, tries=tries - 1)
 
-    def _get(self, url: str, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
+    def _get(self, url: str, deadline: float, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
         """Send a GET that the server does not count as activity. Raises NoAnswer and WrongAddress.
 
+        deadline: of time.monotonic(), for the whole answer.
         optional: 404 means that there is nothing to list.
         """
         from urllib3 import exceptions
@@ -2091,7 +2108,7 @@ class Asker:
         if token:
             headers["Authorization"] = f"token {token.token}"
         try:
-            response, body = self._send(f"{url}?no_track_activity=1", headers)
+            response, body = self._send(f"{url}?no_track_activity=1", headers, deadline)
         except (OSError, ValueError, exceptions.HTTPError) as error:
             causes = causes_of(error)
             unreachable = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyError)

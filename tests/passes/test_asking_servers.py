@@ -466,6 +466,17 @@ def test_a_hostile_server_with_two_lengths_is_judged_by_the_hubs_word(cull_askin
     gc.collect()
 
 
+def test_a_server_that_is_slow_on_purpose_has_one_timeout_for_all_its_answers(
+    cull_asking: Cull, scripted: ScriptedHub
+) -> None:
+    """Each answer comes just in time, and each connection is lost once."""
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(2 * HOUR)))
+    for path in ("kernels", "terminals", "status"):
+        scripted.fault("GET", f"/user/ann/api/{path}", slow(0.8, of=reset()), slow(0.8), times=None)
+    cull_asking("--idle-by=both", "--request-timeout=1s")
+    assert [request.path for request in asked(scripted)] == ["/user/ann/api/kernels"] * 2
+
+
 def test_a_redirect_is_not_followed(cull_asking: Cull, scripted: ScriptedHub, elsewhere: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
     scripted.fault("GET", "/user/ann/.*", redirect(f"{elsewhere.url}/steal"), times=None)
