@@ -23,8 +23,13 @@ PACKAGES = {"click": "click>=8.4.1", "dateutil": "python-dateutil>=2.9", "reques
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write(f"cull_idle needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable}).\n")
     sys.exit(2)
-if MISSING := [repr(package) for module, package in PACKAGES.items() if not find_spec(module)]:
-    sys.stderr.write(f"cull_idle needs more packages: {sys.executable} -m pip install {' '.join(MISSING)}\n")
+INSTALL = f"pip install {' '.join(map(repr, PACKAGES.values()))}"
+if sys.prefix != sys.base_prefix:  # in a virtual environment
+    INSTALL = f"{sys.executable} -m {INSTALL}"
+else:  # pip often refuses to install into the system's Python
+    INSTALL = f"{sys.executable} -m venv .venv && .venv/bin/{INSTALL}  # then run .venv/bin/python {sys.argv[0]}"
+if not all(map(find_spec, PACKAGES)):
+    sys.stderr.write(f"cull_idle needs more packages: {INSTALL}\n")
     sys.exit(2)
 
 import atexit
@@ -48,6 +53,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, NamedTuple, Self, TextIO, TypeVar
 
 import click
+
+if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
+    sys.stderr.write(f"cull_idle needs a newer click: {INSTALL}\n")
+    sys.exit(2)
 
 # Slow imports are made where they are used, so that --help and --version answer at once.
 if TYPE_CHECKING:
@@ -4042,7 +4051,7 @@ def generate_config(ctx: click.Context, _param: click.Parameter, wanted: bool) -
     import json
     import textwrap
 
-    if not wanted:
+    if not wanted or ctx.resilient_parsing:  # which is completion
         return
     click.echo(
         "# Options of cull_idle.py. To set one, remove the # or ## before its name, and write a value in place of …"
@@ -4134,8 +4143,6 @@ def run_command_line(args: list[str] | None) -> int:
     if token := os.environ.get("JUPYTERHUB_API_TOKEN", "").strip():
         SECRETS.add(token)  # before an arbiter is loaded, which may quote it in an exception
     try:
-        if not hasattr(click, "NoSuchCommand"):  # which came with 8.4
-            raise SettingsError("click is too old here and would misread options: pip install --upgrade click")
         return int(make_command(program).main(args, program, standalone_mode=False))
     except click.ClickException as error:
         name_source(error)
