@@ -861,13 +861,14 @@ def load_arbiter(name: str) -> Arbiter:
     source, _, function_name = name.rpartition(":")
     if not source or not function_name:
         raise ValueError(f"{name!r} names no function: write MODULE:FUNC or FILE.py:FUNC.")
+    config = SimpleNamespace(IdleCuller=SimpleNamespace())
     try:
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location("cull_idle_arbiter", source)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             sys.modules["cull_idle_arbiter"] = module  # where dataclasses and pickle look for it
-            # Config files of jupyterhub-idle-culler end in `c.IdleCuller.cull_arbiter_hook = …`
-            vars(module)["c"] = SimpleNamespace(IdleCuller=SimpleNamespace())
+            # Config files of jupyterhub-idle-culler say `c = get_config()` and `c.IdleCuller.cull_arbiter_hook = …`
+            vars(module).update(c=config, get_config=lambda: config)
             spec.loader.exec_module(module)  # type: ignore[union-attr]
         else:
             module = importlib.import_module(source)
@@ -875,6 +876,11 @@ def load_arbiter(name: str) -> Arbiter:
         parameters = inspect.signature(function).parameters
     except (Exception, SystemExit) as error:  # whatever the administrator's module raises
         raise ValueError(f"{name!r} cannot be loaded: {describe(error)}.") from None
+    if others := sorted(vars(config.IdleCuller).keys() - {"cull_arbiter_hook"}):
+        raise ValueError(
+            f"{name!r} sets c.IdleCuller.{others[0]}, which has no effect here: take it out, and give"
+            f" --{option_name(others[0])}."
+        )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return Arbiter(function, ARBITER_ARGUMENTS)
     if unknown := [n for n, p in parameters.items() if p.default is p.empty and n not in ARBITER_ARGUMENTS]:

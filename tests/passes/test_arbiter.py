@@ -8,8 +8,10 @@ import pytest
 from runs import Cull
 from scripted_hub import LONG_AGO, ScriptedHub
 
-# The example of jupyterhub-idle-culler's documentation, unchanged.
+# The example of jupyterhub-idle-culler's documentation, below the line with which its --generate-config begins.
 DOCUMENTED = """
+c = get_config()  #noqa
+
 def my_cull_arbiter(inactive, inactive_limit, server):
     if server['state']['profile_name'] == 'unlimited':
         return False
@@ -51,6 +53,15 @@ def test_the_references_documented_example_works(
     assert result.outcomes == {"bob": "culled"}
     assert "arbiter" in result.said["bob"].reason
     assert "idle 2h" in result.said["bob"].reason
+
+
+def test_a_setting_of_the_reference_that_has_no_effect_is_refused(cull_scripted: Cull, arbiter: Path) -> None:
+    """Or servers would be stopped after the timeout that is the default here."""
+    arbiter.write_text(f"{DOCUMENTED}c.IdleCuller.cull_every = 60\n")
+    result = cull_scripted("--dry-run", f"--arbiter={arbiter}:my_cull_arbiter")
+    assert result.exit_code == 2
+    assert "c.IdleCuller.cull_every" in result.err
+    assert "--cull-every" in result.err
 
 
 @pytest.mark.parametrize(
