@@ -2940,7 +2940,7 @@ class Log:
     def say(self, level: str, sentence: str) -> None:
         """Log a sentence."""
         if self._bar:
-            click.echo(ERASE_LINE, nl=False, err=True)
+            self._draw(ERASE_LINE)
         getattr(self._logger, level)("%s", sentence)
         self._draw_bar()
 
@@ -2998,12 +2998,16 @@ class Log:
             yield
         finally:
             if self._bar:
-                click.echo(ERASE_LINE, nl=False, err=True)
+                self._draw(ERASE_LINE)
                 self._bar = None
 
     def _draw_bar(self) -> None:
         if self._bar:
-            click.echo(f"{ERASE_LINE}{self._bar.format_progress_line()}", nl=False, err=True)
+            self._draw(f"{ERASE_LINE}{self._bar.format_progress_line()}")
+
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo(text, nl=False, err=True)
 
 
 def open_log(level: str) -> logging.Logger:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import struct
+import subprocess
+import sys
+import termios
+import time
 
 import pytest
 from hub import RealHub
+from processes import PROGRAM
 from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
-from terminal import Session, in_pipe, in_terminal
+from terminal import Session, environment, in_pipe, in_terminal
 
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
 TIME = r"\d\d:\d\d:\d\d"
@@ -88,6 +96,30 @@ def test_nothing_is_left_of_the_bar_when_the_fuse_blows(scripted: ScriptedHub) -
     session = in_terminal(scripted, 40, "--timeout=1h", "--max-culls=1")
     progress(session)
     assert [line.split()[0] for line in session.screen.log] == ["ERROR", "INFO"]
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_loop(scripted: ScriptedHub) -> None:
+    """As after `cull-idle & disown`, when the connection to the machine is lost."""
+    many_idle(scripted, 30)
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, "--timeout=1h", "--concurrency=1", "--url", scripted.url],
+        env=environment(scripted, {}),
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+    )
+    os.close(its_end)
+    while b"/30" not in os.read(terminal, 1 << 16):
+        pass
+    os.close(terminal)
+    while scripted.running():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(15) == 0
 
 
 def test_the_cursor_is_never_hidden(scripted: ScriptedHub) -> None:
