@@ -724,6 +724,8 @@ def split_words(text: str) -> list[str]:
 
 def parse_rule(text: str) -> Rule:
     """Read `MATCH… SETTING…`, words as in a shell. Raises ValueError with a sentence that names the wrong word."""
+    if any("\ud800" <= char <= "\udfff" for char in text):  # it would match no name
+        raise ValueError(f"{one_line(text)!r} is not UTF-8.")
     matches: list[Match] = []
     limits: dict[str, timedelta] = {}
     keep = False

@@ -56,6 +56,7 @@ def test_a_rule_is_matches_and_settings(
         ("option.=x keep", ["'option.=x'"]),
         ("user.x=y keep", ["'user.x=y'"]),
         ("'user=ann keep", ["'user=ann keep"]),
+        ("user=\udcfc* keep", ["udcfc* keep", "UTF-8"]),
     ],
 )
 def test_a_rule_that_is_wrong_gets_a_sentence_that_names_the_word(cull: Cull, text: str, words: list[str]) -> None:
