@@ -4012,7 +4012,7 @@ class GroupedCommand(click.Command):
 
 def stop_idle_servers(**values: Any) -> Exit:
     """Stop the idle servers of a JupyterHub."""
-    settings = Settings(**values)
+    settings = Settings(**without_overruled(values, "log_level", "verbose", "quiet"))
     timeouts = [] if settings.arbiter else [settings.timeout, *(rule.timeout for rule in settings.rule)]
     if settings.warn_before and any(timeout and timeout <= settings.warn_before for timeout in timeouts):
         raise click.UsageError(
@@ -4027,6 +4027,14 @@ def stop_idle_servers(**values: Any) -> Exit:
         if settings.explain is not None:
             return loop.explain(settings.explain)
         return loop.run()
+
+
+def without_overruled(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The values of options. Of these names only those count that come from the strongest source."""
+    get_source = click.get_current_context().get_parameter_source
+    sources = {name: source for name in names if values[name] and (source := get_source(name)) is not None}
+    overruled = [name for name, source in sources.items() if source > min(sources.values())]
+    return {**values, **dict.fromkeys(overruled)}
 
 
 def warnings_about(settings: Settings) -> Iterator[str]:

@@ -202,6 +202,28 @@ def test_a_part_of_the_hubs_client_certificate_is_none(
     assert settings.client_certificate == (None if without else ("/ssl/own.key", "/ssl/own.crt", "/ssl/ca.crt"))
 
 
+@pytest.mark.parametrize(
+    ("config", "variables", "args", "level"),
+    [
+        ('log-level = "info"', {}, ["-v"], "debug"),
+        ('log-level = "info"', {}, ["-q"], "error"),
+        ("verbose = true", {}, ["-q"], "error"),
+        ("quiet = true", {}, ["-v"], "debug"),
+        ("", {"CULL_IDLE_LOG_LEVEL": "info"}, ["-v"], "debug"),
+        ("verbose = true", {"CULL_IDLE_QUIET": "true"}, [], "error"),
+        ("verbose = true", {"CULL_IDLE_LOG_LEVEL": "warning"}, [], "warning"),
+        ("verbose = true", {}, [], "debug"),
+        ("", {}, ["-v", "--log-level=warning"], "warning"),
+    ],
+)
+def test_what_says_the_level_on_the_command_line_counts_first(
+    settings_of: SettingsOf, tmp_path: Path, config: str, variables: dict[str, str], args: list[str], level: str
+) -> None:
+    file = tmp_path / "cull-idle.toml"
+    file.write_text(config)
+    assert settings_of("--config", str(file), *args, env=variables).level == level
+
+
 def test_the_long_names_of_the_reference_are_options_too(settings_of: SettingsOf) -> None:
     settings = settings_of("--IdleCuller.timeout=7200", "--IdleCuller.cull_users=true")
     assert settings.timeout.total_seconds() == 7200
