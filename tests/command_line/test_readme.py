@@ -329,6 +329,7 @@ def test_bash_completes_options_after_the_line_of_the_readme(installed: dict[str
 
     assert completed("--time") == ["--timeout"]
     assert completed("--once", "--cull-us") == ["--cull-users"]
+    assert completed("--generate-config", "--cull-us") == ["--cull-users"]
     assert completed("--log-level", "warn") == ["warning"]
 
 
