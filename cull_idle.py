@@ -1665,11 +1665,16 @@ class Hub:
         except ValueError as error:
             raise HubError(f"{where} {error}; {self._api_hint}") from None
         except RecursionError:
-            has_no_pages = answer.body.startswith(b"[")  # before JupyterHub 2.0
-            failure = HubError if has_no_pages else TooMuchData
+            failure = HubError if answer.body.startswith(b"[") else TooMuchData  # a list: before 2.0 there are no pages
             raise failure(f"{where} answered JSON that is nested too deeply") from None
         if page is None or (page.models and not any(map(name_of, page.models))):
             raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
+        is_list = answer.body.startswith(b"[")
+        if is_list and self.version and not self.version.startswith(("0.", "1.")):
+            raise HubError(
+                f"{where} answered a list without pages, perhaps only the first users: a proxy on the way drops the"
+                " header Accept; it must pass it on, or --url must lead past it"
+            )
         return page
 
     def user(self, name: str) -> UserNow | None:

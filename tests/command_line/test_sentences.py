@@ -755,7 +755,21 @@ def test_the_doubt_about_servers_that_are_not_shown(user: dict[str, object], dou
     assert server.doubt == doubt
 
 
+def test_a_list_without_pages_from_a_hub_that_has_pages(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """It is only the first 200 users. A content delivery network, such as CloudFront, may drop the header."""
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("GET", "/users", edited(lambda body: body["items"]))
+    result = cull_scripted("--timeout", "1h")
+    assert (result.exit_code, scripted.running()) == (3, {"ann"})
+    (line,) = result.lines
+    assert line == (
+        f"ERROR    GET /users: {scripted.url} answered a list without pages, perhaps only the first users: a proxy on"
+        " the way drops the header Accept; it must pass it on, or --url must lead past it"
+    )
+
+
 def test_users_without_a_name(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.version = "1.5.1"
     scripted.fault("GET", "/users", respond_json(200, [{}, {**ANN, "servers": {}}, {"name": ""}]))
     assert cull_scripted("--timeout", "1h").warnings == [
         "WARNING  kept 2 in doubt; the first: the Hub: answered a user without a name"

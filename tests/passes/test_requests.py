@@ -191,6 +191,7 @@ def test_a_url_without_a_path_is_asked_at_its_root(cull: Cull, scripted: Scripte
 
 def test_an_answer_that_ends_with_its_connection_is_read_whole(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     """HTTP/1.0 proxies answer so, and `Connection: close` does: nothing else tells where the body ends."""
+    scripted.version = "1.5.1"
     moment = "2026-01-01T00:00:00Z"
     server = {"ready": True, "pending": None, "last_activity": moment, "started": moment}
     users = [{"name": f"user{number}", "servers": {"": server}} for number in range(2000)]

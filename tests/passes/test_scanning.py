@@ -131,6 +131,7 @@ def test_a_page_shorter_than_asked_for_may_end_with_a_server_that_starts(
 
 
 def test_an_old_hub_that_answers_with_a_plain_list_is_read(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.version = "1.5.1"
     names = add_many(scripted, 3)
     scripted.fault("GET", "/user", respond(404), times=None)
     scripted.fault("GET", "/users", edited(lambda body: body["items"]), times=None)
