@@ -128,7 +128,7 @@ def test_quiet_says_what_failed(hub: RealHub, cull_real: Cull) -> None:
     assert "403" in result.lines[0]
 
 
-ODD_NAMES = ["alice?x", "bob#1", "carol%2fdave", "dave smith", "ünï", "a+b", "eve@x.org"]
+ODD_NAMES = ["alice?x", "bob#1", "back\\slash", "carol%2fdave", "dave smith", "ünï", "a+b", "eve@x.org"]
 
 
 @pytest.mark.behaviour("odd names")
