@@ -580,7 +580,7 @@ def due_within(
     if not judge_server(server, policy, now + within).cull:
         return None
     limits = ((server.last_activity, policy.timeout.duration), (server.started, policy.max_age.duration))
-    # Only limits that are reached by then, of which there is one: others, such as NEVER, could overflow.
+    # Only limits that are reached by then, at least one of them: others, such as NEVER, could overflow.
     due_at = min(since + limit for since, limit in limits if since and limit <= now + within - since)
     then = judge_server(server, policy, due_at)
     return due_at, replace(verdict, decided_by=then.decided_by, limit=then.limit)
@@ -876,12 +876,12 @@ def load_arbiter(name: str) -> Arbiter:
             module = importlib.import_module(source)
         function = getattr(module, function_name)
         parameters = inspect.signature(function).parameters
+        others = sorted(vars(config.IdleCuller).keys() - {"cull_arbiter_hook"})
     except (Exception, SystemExit) as error:  # whatever the administrator's module raises
         raise ValueError(f"{name!r} cannot be loaded: {describe(error)}.") from None
-    if others := sorted(vars(config.IdleCuller).keys() - {"cull_arbiter_hook"}):
+    if others:
         raise ValueError(
-            f"{name!r} sets c.IdleCuller.{others[0]}, which has no effect here: take it out, and give"
-            f" --{option_name(others[0])}."
+            f"{name!r} sets c.IdleCuller.{others[0]}, which has no effect here: take it out, and use the option."
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return Arbiter(function, ARBITER_ARGUMENTS)
@@ -916,7 +916,7 @@ def judge_with_arbiter(server: Server, policy: Policy, arbiter: Arbiter, now: da
 
 # ---- Settings: each option is declared once, as a field of Settings
 
-LONGEST = timedelta(days=365)  # that --cull-every and --warn-before may be
+LONGEST = timedelta(days=365)  # for --cull-every and --warn-before
 IDLE_STEPS = ("10m", "30m", "1h", "2h", "4h", "8h", "1d", "1w")  # the timeouts that a dry run compares
 WHAT, WHEN, HUB, OUTPUT = "What to cull", "When", "The Hub", "Output"  # headings of --help
 
@@ -1373,7 +1373,7 @@ NEEDS_HUB_3 = "--idle-by needs JupyterHub 3 or later"
 TOKEN_HINT = (
     "the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub 2.0: be an admin)"
 )
-PROXY_HINT = "these are not the Hub's words, so a proxy or firewall before it may refuse this request"
+PROXY_HINT = "this is not the Hub's form of an answer, so perhaps a proxy or firewall on the way refuses the request"
 
 # One answer is parsed at a time: what users put into their options takes up to 30 times its length in memory.
 parsing = threading.Lock()
@@ -1587,12 +1587,12 @@ class Connections:
     ) -> requests.Response:
         """Send a request; `body` becomes JSON. The answer's body is not read yet.
 
-        timeout: seconds for the whole answer, if less than --request-timeout.
+        timeout: seconds for the whole answer once connected, if less than --request-timeout.
         """
         import requests
 
         timeout = self.request_timeout.total_seconds() if timeout is None else timeout
-        timeouts = (min(timeout, CONNECT_SECONDS), timeout)
+        timeouts = (min(self.request_timeout.total_seconds(), CONNECT_SECONDS), timeout)
         prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
         prepared.url = url  # as it is: requests would decode %2E in it
         # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
@@ -1656,20 +1656,20 @@ class Hub:
         answer = self._request("GET", "/users", {key: value for key, value in query.items() if value})
         where = f"GET /users: {self.url}"
         if answer.status in (401, 403):
-            raise HubError(f"{where} {answer}; {TOKEN_HINT}", refused=True)
+            raise HubError(f"{where} {answer}; {TOKEN_HINT if answer.error else PROXY_HINT}", refused=True)
         if answer.status != 200:
             raise HubError(f"{where} {answer}; {self._api_hint}")
+        is_list = answer.body.startswith(b"[")  # before JupyterHub 2.0: no pages
         try:
             with parsing:
                 page = parse_page(answer, offset)
         except ValueError as error:
             raise HubError(f"{where} {error}; {self._api_hint}") from None
         except RecursionError:
-            failure = HubError if answer.body.startswith(b"[") else TooMuchData  # a list: before 2.0 there are no pages
+            failure = HubError if is_list else TooMuchData
             raise failure(f"{where} answered JSON that is nested too deeply") from None
         if page is None or (page.models and not any(map(name_of, page.models))):
             raise HubError(f"{where} answered JSON that is not a user list; {self._api_hint}")
-        is_list = answer.body.startswith(b"[")
         if is_list and self.version and not self.version.startswith(("0.", "1.")):
             raise HubError(
                 f"{where} answered a list without pages, perhaps only the first users: a proxy on the way drops the"
@@ -1849,7 +1849,7 @@ def segment(name: str) -> str:
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-# Paths that lead to the user list only if the code is decoded on the way; else they lead nowhere.
+# Paths that lead to the user list only if the code is decoded on the way (%5C: to a slash); else they lead nowhere.
 PROBES = {"%2F": "%2Fusers", "%5C": "%5Cusers", "%2E": "/%2E/users", "%3F": "/users%3F"}
 
 
@@ -2001,7 +2001,7 @@ class NoAnswer(Exception):
 
 
 class NotReached(NoAnswer):
-    """A redirect, or a refused token: perhaps not the server answered, but a proxy that has lost the route to it."""
+    """A redirect, or a refused token. Perhaps a proxy has answered that has lost the route to the server."""
 
 
 class WrongAddress(HubError):
@@ -2020,8 +2020,8 @@ class Asker:
     https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
     """
 
-    def __init__(self, hub: Hub, settings: Settings, *, address_is_right: bool) -> None:
-        self.address_is_right = address_is_right  # a Jupyter server has answered there
+    def __init__(self, hub: Hub, settings: Settings) -> None:
+        self.address_is_right = False  # a Jupyter server has answered there, in this pass
         self.sources: dict[tuple[str, str], Source] = {}  # of the last answer of each server
         self.first_problem = ""  # why a server gave no answer
         self._hub = hub
@@ -2035,7 +2035,7 @@ class Asker:
         self._connections.close()
 
     def check(self, identity: Identity | None) -> None:
-        """Raise HubError if no server can be asked: a wrong address, a Hub before 3, before 5 with a filtered scope."""
+        """Raise HubError if no server can be asked: the address is wrong, or the Hub too old, or its scope filtered."""
         url = f"{self._settings.servers_root}/hub/api"
         try:
             deadline = time.monotonic() + self._settings.request_timeout.total_seconds()
@@ -2119,7 +2119,7 @@ class Asker:
         return self._send(url, headers, deadline, tries=tries - 1)
 
     def _get(self, url: str, deadline: float, token: ServerToken | None = None, *, optional: bool = False) -> Answer:
-        """Send a GET that the server does not count as activity. Raises NoAnswer and WrongAddress.
+        """Send a GET that the server does not count as activity. Raises NoAnswer, NotReached and WrongAddress.
 
         deadline: of time.monotonic(), for the whole answer.
         optional: 404 means that there is nothing to list.
@@ -2147,8 +2147,8 @@ class Asker:
             return Answer(status, content, parse_http_date(response.headers.get("Date")))
         # The Hub's own port redirects to /hub/user/…, an ingress that wants https: to the same path. So does the proxy
         # if a server is gone, and so may a hostile server.
-        redirected = 300 <= status < 400 and where.partition("?")[0].endswith("/" + url.split("/", 3)[3])
-        if redirected:
+        end_of_path = "/".join(url.split("/")[-2:])
+        if 300 <= status < 400 and where.partition("?")[0].endswith(f"/{end_of_path}"):
             raise NotReached("is redirected, to the Hub or to https:")
         if status in (401, 403):
             raise NotReached(f"answered {status}" + (" to a token made for it" if token else ""))
@@ -2354,8 +2354,8 @@ class UserList:
 def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result]:
     """Call a function for each item, in up to so many threads; yields the results as they come.
 
-    If the system refuses more threads, those that have started do all the work, for which ThreadPoolExecutor would
-    fail. An exception of the function is raised here. Once the caller stops iterating, no other item is begun.
+    If the system refuses more threads, those that have started do all the work (ThreadPoolExecutor would fail).
+    An exception of the function is raised here. Once the caller stops iterating, no other item is begun.
     """
     waiting = deque(items)
     count = len(waiting)
@@ -2512,7 +2512,8 @@ class Scan:
         except HubError as error:
             if isinstance(error, WrongAddress):
                 self._wrong_address = self._wrong_address or error
-            elif error.affects_all or error.refused:
+                return replace(server, doubt="its own activity is unknown: it is not reached")
+            if error.affects_all or error.refused:
                 raise
             return replace(server, doubt=str(error))
 
@@ -2808,7 +2809,7 @@ class Culler:
         found = self._hub.user(name)
         if found:
             return found
-        # From where the user probably is, back to the start. A Hub sends USUAL_PAGE users at least.
+        # From where the user probably is, back to the start.
         size = min(self._settings.api_page_size or USUAL_PAGE, USUAL_PAGE)
         start = max(position - size // 2, 0)
         for offset in [*range(start, 0, -size), 0]:
@@ -2816,6 +2817,9 @@ class Culler:
             for model in page.models:
                 if name_of(model) == name:
                     return UserNow(parse_user(model), page.now)
+            following = page.next_offset()
+            if following is not None and following - offset < size:
+                raise HubError(f"GET /users: {self._hub.url} sends fewer than {size} users, so one is not found")
         return UserNow(None, page.now)
 
     def _failed(self, event: Event, answer: Answer, scope: str, *others: str) -> Event:
@@ -3777,7 +3781,6 @@ class Loop:
         self._token_problem = ""  # why the last token is still used
         self._identity: Identity | None = None
         self._pass_has_worked = False
-        self._address_is_right = False  # a server has answered at --servers-url
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
@@ -3846,12 +3849,11 @@ class Loop:
         if not self.settings.asks_servers:
             yield None
             return
-        with Asker(hub, self.settings, address_is_right=self._address_is_right) as asker:
+        with Asker(hub, self.settings) as asker:
             asker.check(self._identity)
             try:
                 yield asker
             finally:
-                self._address_is_right = asker.address_is_right
                 if result:
                     result.add_answers(asker)
                 if result and result.no_answer:
@@ -4035,7 +4037,7 @@ def stop_idle_servers(**values: Any) -> Exit:
 
 
 def without_overruled(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The values of options. Of these names only those count that come from the strongest source."""
+    """The values of options. Of these options only those stay that come first: command line, variables, file."""
     get_source = click.get_current_context().get_parameter_source
     sources = {name: source for name in names if values[name] and (source := get_source(name)) is not None}
     overruled = [name for name, source in sources.items() if source > min(sources.values())]

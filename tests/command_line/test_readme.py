@@ -329,8 +329,14 @@ def test_bash_completes_options_after_the_line_of_the_readme(installed: dict[str
 
     assert completed("--time") == ["--timeout"]
     assert completed("--once", "--cull-us") == ["--cull-users"]
-    assert completed("--generate-config", "--cull-us") == ["--cull-users"]
     assert completed("--log-level", "warn") == ["warning"]
+
+
+def test_completion_after_generate_config_prints_no_file(installed: dict[str, str]) -> None:
+    words = {"COMP_WORDS": "cull-idle --generate-config --cull-us", "COMP_CWORD": "2"}
+    environment = installed | words | {"_CULL_IDLE_COMPLETE": "bash_complete"}
+    result = subprocess.run(["cull-idle"], env=environment, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("plain,--cull-users\n", "")
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -155,7 +155,7 @@ def test_a_token_that_is_refused(cull_scripted: Cull, scripted: ScriptedHub) -> 
 
 
 def test_a_token_that_is_refused_with_401(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.fault("GET", ".*", respond_json(401, {"message": "Login required"}), times=None)
+    scripted.fault("GET", ".*", of_hub(401, "Login required"), times=None)
     assert_one_sentence(cull_scripted(), 3, "401 (Login required)", "token")
 
 
@@ -924,9 +924,18 @@ def test_a_stop_that_a_firewall_refuses(cull_scripted: Cull, scripted: ScriptedH
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("DELETE", "/users/ann/server", html(403))
     assert cull_scripted("--timeout", "1h").lines[0] == (
-        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 403; these are not the Hub's words, so a proxy or"
-        " firewall before it may refuse this request"
+        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 403; this is not the Hub's form of an answer, so"
+        " perhaps a proxy or firewall on the way refuses the request"
     )
+
+
+@pytest.mark.parametrize("path", ["/users", "/users/ann"])
+def test_a_firewall_that_refuses_to_let_us_look(cull_scripted: Cull, scripted: ScriptedHub, path: str) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.fault("GET", path, html(403))
+    (error,) = cull_scripted("--timeout", "1h").errors
+    assert "firewall" in error
+    assert "token" not in error
 
 
 def test_a_stop_that_takes_too_long(cull_scripted: Cull, scripted: ScriptedHub) -> None:

@@ -616,9 +616,21 @@ def test_a_proxy_that_has_lost_its_routes_costs_no_busy_server(loop: RunLoop, sc
     def lose_the_routes() -> None:
         scripted.leads_to_servers = False
 
-    done = loop(scripted, "--timeout=1h", "--idle-by=both", between=[lose_the_routes])
+    first, second = loop(scripted, "--timeout=1h", "--idle-by=both", between=[lose_the_routes]).passes
     assert scripted.running() == {"ann"}
-    assert [each.said["ann"][:2] for each in done.passes] == [("INFO", "spared"), ("WARNING", "spared")]
+    assert first.outcomes == {"ann": "spared"}
+    assert len(second.errors) == 1
+    assert "--servers-url" in second.errors[0]
+
+
+def test_the_port_of_a_hub_with_a_base_url_does_not_lead_to_servers(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
+    scripted.fault("GET", "/jhub/hub/api", respond_json(200, {"version": "6.1.1"}), times=None)
+    to_the_hub = redirect("/jhub/hub/user/ann/api/kernels?no_track_activity=1")
+    scripted.fault("GET", "/jhub/user/.*", to_the_hub, times=None)
+    result = cull_asking("--idle-by=both", f"--servers-url={scripted.url.removesuffix('/hub/api')}/jhub")
+    assert (result.exit_code, scripted.running()) == (3, {"ann"})
+    assert "--servers-url" in result.err
 
 
 def to_https(exchange: Exchange) -> Answer:

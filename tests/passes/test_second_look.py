@@ -147,6 +147,18 @@ def test_without_a_second_look_the_delete_decides(cull_scripted: Cull, scripted:
     assert result.outcomes == {"ann": "culled", "user ann": "deleted", "user bob": "deleted"}
 
 
+def test_a_user_who_is_perhaps_on_a_page_that_is_not_read_is_not_called_gone(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    """The Hub sends fewer users than asked for, and an ingress lets no single user be read."""
+    for number in range(100):
+        scripted.add(f"user{number:03}", idle=LONG_AGO if number == 61 else 60)
+    scripted.page_max = 20
+    scripted.fault("GET", "/users/.*", respond(404), times=None)
+    result = cull_scripted("--timeout", "1h")
+    assert (result.exit_code, result.outcomes) == (1, {"user061": "failed"})
+
+
 def test_a_server_whose_user_is_gone_is_no_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     on_look(scripted, lambda: scripted.users.pop("ann"))
