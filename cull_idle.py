@@ -2036,14 +2036,8 @@ class Asker:
 
     def check(self, identity: Identity | None) -> None:
         """Raise HubError if no server can be asked: the address is wrong, or the Hub too old, or its scope filtered."""
-        url = f"{self._settings.servers_root}/hub/api"
-        try:
-            deadline = time.monotonic() + self._settings.request_timeout.total_seconds()
-            version = str(self._get(url, deadline).json()["version"])
-            major = int(version.partition(".")[0])
-        except (NoAnswer, ValueError, LookupError, TypeError, RecursionError) as error:
-            why = f" {error}" if isinstance(error, NoAnswer) else " is not the API of a JupyterHub"
-            raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}") from None
+        version = self._version_at_address()
+        major = int(version.partition(".")[0])
         if major < 3:
             raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
         if identity is None:
@@ -2054,6 +2048,18 @@ class Asker:
                 f"this is JupyterHub {one_line(version, 20)}, where the scope {filtered} of a service covers nobody;"
                 " give it the whole scope tokens, or use JupyterHub 5 or later"
             )
+
+    def _version_at_address(self) -> str:
+        """The version of the Hub that the servers' proxy leads to. Raises WrongAddress if it leads to none."""
+        url = f"{self._settings.servers_root}/hub/api"
+        deadline = time.monotonic() + self._settings.request_timeout.total_seconds()
+        try:
+            version = str(self._get(url, deadline).json()["version"])
+            int(version.partition(".")[0])
+        except (NoAnswer, ValueError, LookupError, TypeError, RecursionError) as error:
+            why = f" {error}" if isinstance(error, NoAnswer) else " is not the API of a JupyterHub"
+            raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}", affects_all=True) from None
+        return version
 
     def ask(self, server: Server, now: datetime) -> Server:
         """The server with its own last activity, as --idle-by counts it; in doubt if it alone is not reached.
@@ -2068,10 +2074,12 @@ class Asker:
         except NotReached as error:
             if not self.address_is_right:
                 where = f"GET {server_address(server, self._settings)}/api/kernels"
-                raise WrongAddress(f"servers cannot be asked: {where} {error}; {SERVERS_HINT}") from None
+                sentence = f"servers cannot be asked: {where} {error}; {SERVERS_HINT}"
+                raise WrongAddress(sentence, affects_all=True) from None
             self.sources[server.user, server.name] = Source.HUB
             return replace(server, doubt=f"its own activity is unknown: it {error}")
         except NoAnswer as error:
+            self._version_at_address()  # if the proxy fails, too, this says nothing about the server
             answered = [each.idle for each in activities if each.idle is not None]
             own = OwnActivity(Source.NO_ANSWER, min(answered, default=None))
             self.first_problem = self.first_problem or f"{server.full_name} {error}"
@@ -2137,7 +2145,8 @@ class Asker:
             not_sent = is_among(causes, exceptions.SSLError, exceptions.LocationValueError, *unreachable)
             # Whatever is wrong with an answer is an HTTPError of urllib3. All else is wrong on this machine.
             if not_sent or not is_among(causes, exceptions.HTTPError, TimeoutError):
-                raise WrongAddress(f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}") from None
+                sentence = f"GET {url} fails: {one_line(str(causes[-1]))}; {SERVERS_HINT}"
+                raise WrongAddress(sentence, affects_all=True) from None
             raise NoAnswer(f"gave no whole answer ({type(causes[-1]).__name__})") from None
         if len(body) > LARGEST_SERVER_ANSWER:
             raise NoAnswer(f"answered more than {LARGEST_SERVER_ANSWER >> 20} MiB")
