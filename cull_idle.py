@@ -2876,6 +2876,7 @@ class PassResult:
     running: int = 0
     idle: int = 0  # servers idle for at least --timeout, if that is counted
     due_count: int = 0  # servers and users
+    doubts: int = 0
     outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)  # of what was due, without deleted users
     deleted: int = 0  # users
     warned: int = 0
@@ -2897,6 +2898,7 @@ class PassResult:
         self.running = findings.running
         self.idle = findings.idle_for.get(timeout, 0)
         self.due_count = findings.due_count
+        self.doubts = findings.doubts
         self.warned = len(findings.warnings) if self.dry_run else 0
         if findings.error:
             self.errors.append(findings.error)
@@ -3789,7 +3791,7 @@ class Loop:
         self._token = read_token(settings.token_file)
         self._token_problem = ""  # why the last token is still used
         self._identity: Identity | None = None
-        self._pass_has_worked = False
+        self._pass_has_worked = False  # the last one, with this token and without any doubt
         self._warned: dict[tuple[str, str], datetime] = {}  # servers, and when they are due
 
     def run(self) -> Exit:
@@ -3846,7 +3848,7 @@ class Loop:
         except CullError as error:
             result.errors.append(error)
         result.seconds = time.monotonic() - began
-        self._pass_has_worked = self._pass_has_worked or not result.errors
+        self._pass_has_worked = result.exit_code is Exit.DONE and not result.doubts
         return result
 
     def _context(self, hub: Hub, asker: Asker | None) -> PassContext:
@@ -3967,7 +3969,7 @@ class Loop:
         self._token_problem = problem
 
     def _check_scopes(self, hub: Hub) -> None:
-        """Check the token's scopes until a pass has worked, if the Hub can tell them. Raises HubError.
+        """Check the token's scopes, unless the last pass has worked, if the Hub can tell them. Raises HubError.
 
         Where servers are asked, before each pass: without the scope `tokens` they would seem not to answer.
         """

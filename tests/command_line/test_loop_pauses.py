@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from runs import Cull, Loop, RunLoop
-from scripted_hub import ScriptedHub, normal, respond, slow
+from scripted_hub import LONG_AGO, ScriptedHub, normal, respond, slow
 
 
 def nothing() -> None:
@@ -53,10 +53,32 @@ def test_a_pass_says_in_how_many_seconds_the_next_one_starts(loop: RunLoop, scri
     assert result.exit_code == 0
 
 
-def test_scopes_are_asked_for_until_a_pass_works(loop: RunLoop, scripted: ScriptedHub) -> None:
-    scripted.fault("GET", "/users", respond(403), normal(), respond(403), normal())
-    loop(scripted, between=[nothing] * 3)
-    assert scripted.lines().count("GET /user") == 2
+def test_scopes_are_asked_for_after_each_pass_that_has_not_worked(loop: RunLoop, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", respond(403), normal(), normal(), respond(403), normal())
+    loop(scripted, between=[nothing] * 4)
+    asked = [line.split("?")[0] for line in scripted.lines()]
+    assert asked == [
+        "GET /user",
+        "GET /users",
+        "GET /user",
+        "GET /users",
+        "GET /users",
+        "GET /users",
+        "GET /user",
+        "GET /users",
+    ]
+
+
+def test_a_scope_that_is_taken_away_is_named(loop: RunLoop, scripted: ScriptedHub) -> None:
+    """Without read:servers no server is shown, which is a doubt about each user, but no failure."""
+    scripted.add("ann", idle=LONG_AGO)
+
+    def take_away() -> None:
+        scripted.scopes = [scope for scope in scripted.scopes if scope != "read:servers"]
+
+    *_, last = loop(scripted, "--timeout=9h", between=[take_away, nothing]).passes
+    assert len(last.errors) == 1
+    assert "read:servers" in last.errors[0]
 
 
 def test_a_loop_does_not_begin_without_a_token(cull: Cull, scripted: ScriptedHub) -> None:
