@@ -794,7 +794,7 @@ class Policies:
             candidates = self._candidates(dict(zip(self._fields, values, strict=True)))
             if len(self._remembered) >= MOST_REMEMBERED:
                 self._remembered.clear()
-            if sum(len(value) for each in values for value in each) <= LONGEST_REMEMBERED:
+            if sum(len(value) + 1 for each in values for value in each) <= LONGEST_REMEMBERED:
                 self._remembered[values] = candidates
         name = target.user if isinstance(target, Server) else target.name
         for globs, policy in candidates:

@@ -71,6 +71,7 @@ def rules(*texts: str) -> list[str]:
     return [f"--rule={text}" for text in texts]
 
 
+POLICY = cull_idle.Policy(cull_idle.Limit(NEVER), cull_idle.Limit(NEVER))
 OPTIONS = {"profile": "large", "gpus": 2, "spot": True}
 
 
@@ -149,9 +150,8 @@ def test_of_servers_that_all_differ_only_some_are_remembered(
 
 def test_long_options_are_matched_and_not_remembered() -> None:
     """Users may put a megabyte into each, again and again."""
-    limit = cull_idle.Limit(NEVER)
-    options, kept = cull_idle.Policy(limit, limit), cull_idle.Policy(limit, limit, kept_by="rule 1")
-    policies = cull_idle.Policies([(parse_rule("option.profile=large* keep"), kept)], options)
+    kept = POLICY._replace(kept_by="rule 1")
+    policies = cull_idle.Policies([(parse_rule("option.profile=large* keep"), kept)], POLICY)
     tracemalloc.start()
     try:
         for number in range(20):
@@ -162,6 +162,17 @@ def test_long_options_are_matched_and_not_remembered() -> None:
         assert tracemalloc.get_traced_memory()[0] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_long_lists_of_empty_texts_are_not_remembered() -> None:
+    rule = (parse_rule("option.tags=x keep"), POLICY)
+    policies = cull_idle.Policies([rule], POLICY)
+    for number in range(5):
+        model: dict[str, Any] = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z"}
+        model["user_options"] = {"tags": [""] * (cull_idle.LONGEST_REMEMBERED + 1 + number)}
+        (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
+        policies.find(server)
+    assert policies._remembered == {}
 
 
 def test_a_rule_with_a_timeout_leaves_the_maximum_age(cull_scripted: Cull, scripted: ScriptedHub) -> None:
