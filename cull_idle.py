@@ -2482,6 +2482,8 @@ class Scan:
         findings.hub_time, findings.hub_time_requested = page.now, page.requested
         asked = self._ask_servers(page, self._asker) if self._asker else {}
         for position, model in enumerate(page.models, page.offset):
+            if self._settings.arbiter and self._context.told_to_stop.is_set():  # it may be slow
+                return
             try:
                 user = parse_user(model) if cull_users else None
                 servers = user.servers if user else parse_servers(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from runs import Cull
@@ -62,6 +63,19 @@ def test_a_pass_told_to_stop_during_the_scan_reads_no_other_page(
     result = cull_scripted("--timeout=1h", "--api-page-size=2")
     assert scripted.lines() == ["GET /user", "GET /users?state=ready&limit=2"]
     assert result.counts == {"running": 2, "due": 2, "left undone": 2}
+
+
+def test_a_pass_told_to_stop_asks_a_slow_arbiter_no_more(
+    cull_scripted: Cull, scripted: ScriptedHub, tell_to_stop: Callable[[], None], tmp_path: Path
+) -> None:
+    for number in range(5):
+        scripted.add(f"user{number}", idle=LONG_AGO)
+    calls = tmp_path / "calls"
+    arbiter = tmp_path / "arbiter.py"
+    arbiter.write_text(f"def decide(user): open({str(calls)!r}, 'a').write(user['name'] + ' ')")
+    scripted.fault("GET", "/users", and_do(tell_to_stop))
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:decide")
+    assert (result.exit_code, calls.exists()) == (1, False)
 
 
 def test_a_pass_told_to_stop_tries_nothing_again(
