@@ -3503,11 +3503,6 @@ class Notices:
 
     def _run(self, event: Event) -> str:
         """Run the command for one event; returns why it failed, empty if it did not."""
-        import json
-        import signal
-        import subprocess
-        import tempfile
-
         if self._told_to_stop.is_set() or len(self._late) >= LATE_NOTICES:
             self._left_out.append(event)
             return ""
@@ -3515,6 +3510,11 @@ class Notices:
         environment = {f"CULL_IDLE_{name}": str(fields[field] or "") for name, field in NOTICE_VARIABLES.items()}
         command = self._command[0]
         try:
+            import json
+            import signal
+            import subprocess
+            import tempfile
+
             # Not a pipe: what the command leaves running in the background may keep that open.
             with tempfile.TemporaryFile() as stderr:
                 process = subprocess.Popen(  # noqa: S603 (the administrator's own command)
