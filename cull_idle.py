@@ -1192,7 +1192,7 @@ class Settings:
     )
     request_timeout: timedelta = option(
         HUB,
-        "Time for one request; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
+        "Time for one request, or for all that --idle-by asks one server; $JUPYTERHUB_REQUEST_TIMEOUT if set.",
         envvar=["JUPYTERHUB_REQUEST_TIMEOUT"],
         type=duration_type(least=timedelta(milliseconds=1), most=timedelta(days=1)),
         default="1m",
@@ -2074,8 +2074,7 @@ class Asker:
         except NotReached as error:
             if not self.address_is_right:
                 where = f"GET {server_address(server, self._settings)}/api/kernels"
-                sentence = f"servers cannot be asked: {where} {error}; {SERVERS_HINT}"
-                raise WrongAddress(sentence, affects_all=True) from None
+                raise WrongAddress(f"servers cannot be asked: {where} {error}; {SERVERS_HINT}") from None
             self.sources[server.user, server.name] = Source.HUB
             return replace(server, doubt=f"its own activity is unknown: it {error}")
         except NoAnswer as error:

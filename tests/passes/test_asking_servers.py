@@ -609,6 +609,14 @@ def test_a_server_that_alone_is_not_reached_is_kept_alone(
     assert total(result)["no_answer"] == 0
 
 
+def test_many_servers_that_are_not_reached_do_not_end_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    for name in (*(f"refuses{number}" for number in range(12)), "zoe"):
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR)
+    scripted.fault("GET", "/user/refuses.*", respond(403), times=None)
+    assert cull_asking("--idle-by=both", "--concurrency=1").exit_code == 0
+    assert len(scripted.running()) == 12
+
+
 def test_a_proxy_that_has_lost_its_routes_costs_no_busy_server(loop: RunLoop, scripted: ScriptedHub) -> None:
     """As after a restart of the proxy: until the Hub adds the routes again, it sends all requests to the Hub."""
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
