@@ -607,6 +607,8 @@ def test_a_server_that_alone_is_not_reached_is_kept_alone(
     (warning,) = result.warnings
     assert "ann" in warning
     assert total(result)["no_answer"] == 0
+    if first == "bob":  # whose answer shows that the address is right
+        assert total(result)["asked"] == 2
 
 
 def test_many_servers_that_are_not_reached_do_not_end_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
@@ -643,6 +645,36 @@ def test_a_proxy_that_fails_during_a_pass_costs_no_busy_server(
     scripted.fault("GET", "/user/cat/.*", how, times=None)
     cull_asking("--idle-by", mode, "--concurrency=1", "--request-timeout=0.3s")
     assert scripted.running() == {"ann", "bob", "cat"}
+
+
+def test_a_proxy_that_fails_for_good_ends_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
+    for number in range(20):
+        scripted.add(f"user{number:02}", idle=LONG_AGO, age=9 * HOUR)
+    the_proxy_fails = then_do(lambda: scripted.fault("GET", "", respond(503), times=None), respond(503))
+    scripted.fault("GET", "/user/user.*", the_proxy_fails, times=None)
+    result = cull_asking("--idle-by=both", "--concurrency=1")
+    assert (result.exit_code, len(scripted.running())) == (1, 20)
+    assert (result.counts["failed"], result.counts["left undone"]) == (1, 19)
+
+
+def test_a_version_that_is_no_number_is_not_that_of_a_hub(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
+    scripted.fault("GET", "", respond_json(200, {"version": "dev"}), times=None)
+    result = cull_asking("--idle-by=both")
+    assert (result.exit_code, scripted.running()) == (3, {"ann"})
+    assert "--servers-url" in result.err
+
+
+@pytest.mark.parametrize("active", ["kernel", "terminal"])
+def test_the_latest_activity_of_a_part_of_an_answer_counts(
+    cull_asking: Cull, scripted: ScriptedHub, active: str
+) -> None:
+    kernel, terminal = (idle(10 if what == active else LONG_AGO) for what in ("kernel", "terminal"))
+    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[kernel], terminals=[terminal]))
+    scripted.fault("GET", "/user/ann/api/status", respond(503), times=None)
+    cull_asking("--idle-by=both")
+    assert scripted.running() == {"ann"}
 
 
 def test_the_port_of_a_hub_with_a_base_url_does_not_lead_to_servers(cull_asking: Cull, scripted: ScriptedHub) -> None:
