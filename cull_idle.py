@@ -119,7 +119,7 @@ class HubError(CullError):
     affects_all: True if every other request would probably fail too.
     """
 
-    exit_code = Exit.NO_HUB  # of a pass; one server or user that fails does not decide the exit code
+    exit_code = Exit.NO_HUB  # for a whole pass; if only a server or a user fails, it is UNDONE
 
     def __init__(self, sentence: str, kind: str = "", *, refused: bool = False, affects_all: bool = False) -> None:
         super().__init__(sentence)
@@ -394,7 +394,7 @@ def name_of(model: object) -> str:
 
 def named_model(model: object) -> dict[str, Any]:
     """Return the user model if it is a JSON object with a name. Raises ValueError."""
-    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"]:
+    if isinstance(model, dict) and name_of(model):
         return model
     raise ValueError("answered a user without a name")
 
@@ -617,7 +617,7 @@ def is_worth_asking(server: Server, policy: Policy, now: datetime) -> bool:
 # ---- Rules: exceptions for some servers and users
 
 MOST_REMEMBERED = 10_000  # combinations of values for which Policies remembers the rules
-LONGEST_REMEMBERED = 1_000  # characters; a longer combination is not remembered: an option may have a megabyte
+LONGEST_REMEMBERED = 1_000  # characters and values; what is longer is not remembered: an option may have a megabyte
 
 
 class RuleField(NamedTuple):
@@ -1424,6 +1424,11 @@ class Answer(NamedTuple):
         return f"answered {self.status}"
 
 
+def refusal_hint(answer: Answer) -> str:
+    """What helps against a 401 or 403: of the Hub, or of something on the way to it."""
+    return TOKEN_HINT if answer.error else PROXY_HINT
+
+
 class Page(NamedTuple):
     """A part of the user list; the whole list from Hubs before 2.0."""
 
@@ -1656,7 +1661,7 @@ class Hub:
         answer = self._request("GET", "/users", {key: value for key, value in query.items() if value})
         where = f"GET /users: {self.url}"
         if answer.status in (401, 403):
-            raise HubError(f"{where} {answer}; {TOKEN_HINT if answer.error else PROXY_HINT}", refused=True)
+            raise HubError(f"{where} {answer}; {refusal_hint(answer)}", refused=True)
         if answer.status != 200:
             raise HubError(f"{where} {answer}; {self._api_hint}")
         is_list = answer.body.startswith(b"[")  # before JupyterHub 2.0: no pages
@@ -1690,8 +1695,8 @@ class Hub:
             return None
         kind = f"GET /users/…: the Hub answered {answer.status}"
         if answer.status in (401, 403):
-            hint = TOKEN_HINT if answer.error else PROXY_HINT
-            raise HubError(f"GET {path}: the Hub {answer}; {hint}", kind, refused=bool(answer.error))
+            sentence = f"GET {path}: the Hub {answer}; {refusal_hint(answer)}"
+            raise HubError(sentence, kind, refused=answer.error is not None)
         if answer.status != 200:
             raise HubError(f"GET {path}: the Hub {answer}", kind)
         try:
@@ -2036,8 +2041,7 @@ class Asker:
 
     def check(self, identity: Identity | None) -> None:
         """Raise HubError if no server can be asked: the address is wrong, or the Hub too old, or its scope filtered."""
-        version = self._version_at_address()
-        major = int(version.partition(".")[0])
+        version, major = self._version_at_address()
         if major < 3:
             raise HubError(f"{NEEDS_HUB_3}; this is {one_line(version, 20)}")
         if identity is None:
@@ -2049,17 +2053,16 @@ class Asker:
                 " give it the whole scope tokens, or use JupyterHub 5 or later"
             )
 
-    def _version_at_address(self) -> str:
-        """The version of the Hub that the servers' proxy leads to. Raises WrongAddress if it leads to none."""
+    def _version_at_address(self) -> tuple[str, int]:
+        """The version, and its first number, of the Hub that the proxy leads to. Raises WrongAddress if to none."""
         url = f"{self._settings.servers_root}/hub/api"
         deadline = time.monotonic() + self._settings.request_timeout.total_seconds()
         try:
             version = str(self._get(url, deadline).json()["version"])
-            int(version.partition(".")[0])
+            return version, int(version.partition(".")[0])
         except (NoAnswer, ValueError, LookupError, TypeError, RecursionError) as error:
             why = f" {error}" if isinstance(error, NoAnswer) else " is not the API of a JupyterHub"
             raise WrongAddress(f"servers cannot be asked: GET {url}{why}; {SERVERS_HINT}", affects_all=True) from None
-        return version
 
     def ask(self, server: Server, now: datetime) -> Server:
         """The server with its own last activity, as --idle-by counts it; in doubt if it alone is not reached.
@@ -2153,8 +2156,8 @@ class Asker:
         if status == 200 or (status == 404 and optional):
             content = body if status == 200 else b"[]"
             return Answer(status, content, parse_http_date(response.headers.get("Date")))
-        # The Hub's own port redirects to /hub/user/…, an ingress that wants https: to the same path. So does the proxy
-        # if a server is gone, and so may a hostile server.
+        # The Hub's own port redirects to …/hub/user/…, an ingress that wants https: to the same path: the end of the
+        # path is the same. So does the proxy if a server, or the route to it, is gone, and so may a hostile server.
         end_of_path = "/".join(url.split("/")[-2:])
         if 300 <= status < 400 and where.partition("?")[0].endswith(f"/{end_of_path}"):
             raise NotReached("is redirected, to the Hub or to https:")
@@ -2262,6 +2265,11 @@ class Event(NamedTuple):
         deleted = self.outcome is Outcome.CULLED and isinstance(self.target, User)
         why = f"{self.reason}; {self.error}" if self.error else self.reason
         return f"{'deleted' if deleted else self.outcome} {self.target.full_name}: {why}"
+
+
+def still_due(decision: Decision[Target]) -> Event:
+    """The event for something due about which nothing has been done."""
+    return Event(decision.target, Outcome.DUE, decision.verdict.reason, decision.verdict)
 
 
 def with_retries(request: Callable[[], T], told_to_stop: threading.Event) -> T:
@@ -2665,7 +2673,7 @@ class Culler:
 
     def _attempt(self, cull: Callable[[Decision[Target]], Event], decision: Decision[Target]) -> Event:
         """Cull one, with retries. Ends the pass early if the token is refused."""
-        due = Event(decision.target, Outcome.DUE, decision.verdict.reason, decision.verdict)
+        due = still_due(decision)
         if self._is_over():
             return due
         try:
@@ -2697,7 +2705,7 @@ class Culler:
         """Look at a server again, and stop it if it is still due."""
         with self._one_by_one.get(decision.target.user, contextlib.nullcontext()):
             if self._is_over():  # while another server of this user was stopped
-                return Event(decision.target, Outcome.DUE, decision.verdict.reason, decision.verdict)
+                return still_due(decision)
             event = self._look_at_server(decision)
             if event.outcome is Outcome.DUE and not self._is_over():
                 return self._stop_server(decision, event)
@@ -2848,10 +2856,8 @@ class Culler:
 
     def _advice(self, answer: Answer, scope: str) -> str:
         """What helps against a refusal."""
-        if not answer.error:
-            return PROXY_HINT
-        if answer.status == 401 or not self._identity:
-            return TOKEN_HINT
+        if answer.status == 401 or not answer.error or not self._identity:
+            return refusal_hint(answer)
         return f"the token needs the scope {scope}; {advice_on_scopes(self._identity, [scope])}"
 
 

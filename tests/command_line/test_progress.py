@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import struct
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -16,7 +13,7 @@ from hub import RealHub
 from processes import PROGRAM
 from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
-from terminal import Session, environment, in_pipe, in_terminal
+from terminal import Session, environment, in_pipe, in_terminal, open_terminal
 
 NAMES = [f"user{number}" for number in range(9)] + ["maximiliane@students.example.edu", "山田太郎と佐藤花子"]
 TIME = r"\d\d:\d\d:\d\d"
@@ -101,8 +98,7 @@ def test_nothing_is_left_of_the_bar_when_the_fuse_blows(scripted: ScriptedHub) -
 def test_a_terminal_that_goes_away_does_not_end_a_loop(scripted: ScriptedHub) -> None:
     """As after `cull-idle & disown`, when the connection to the machine is lost."""
     many_idle(scripted, 30)
-    terminal, its_end = os.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    terminal, its_end = open_terminal(80)
     process = subprocess.Popen(
         [sys.executable, PROGRAM, "--timeout=1h", "--concurrency=1", "--url", scripted.url],
         env=environment(scripted, {}),
@@ -115,8 +111,10 @@ def test_a_terminal_that_goes_away_does_not_end_a_loop(scripted: ScriptedHub) ->
     while b"/30" not in os.read(terminal, 1 << 16):
         pass
     os.close(terminal)
+    deadline = time.monotonic() + 15
     while scripted.running():
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.terminate()
     assert process.wait(15) == 0

@@ -911,22 +911,31 @@ def test_a_stop_for_which_the_scope_is_missing(cull_scripted: Cull, scripted: Sc
     )
 
 
-def test_a_stop_for_which_the_token_is_refused(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        (
+            of_hub(401),
+            (
+                "401; the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub"
+                " 2.0: be an admin)"
+            ),
+        ),
+        (
+            html(403),
+            (
+                "403; this is not the Hub's form of an answer, so perhaps a proxy or firewall on the way refuses the"
+                " request"
+            ),
+        ),
+    ],
+    ids=["the Hub", "a firewall"],
+)
+def test_who_refuses_a_stop(cull_scripted: Cull, scripted: ScriptedHub, refusal: Reply, words: str) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", of_hub(401))
-    assert cull_scripted("--timeout", "1h").lines[0] == (
-        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 401; the token must be of this Hub and not expired,"
-        " and its owner must have a role (before JupyterHub 2.0: be an admin)"
-    )
-
-
-def test_a_stop_that_a_firewall_refuses(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", html(403))
-    assert cull_scripted("--timeout", "1h").lines[0] == (
-        "ERROR    failed ann: idle 2h, limit 1h; the Hub answered 403; this is not the Hub's form of an answer, so"
-        " perhaps a proxy or firewall on the way refuses the request"
-    )
+    scripted.fault("DELETE", "/users/ann/server", refusal)
+    line = cull_scripted("--timeout", "1h").lines[0]
+    assert line == f"ERROR    failed ann: idle 2h, limit 1h; the Hub answered {words}"
 
 
 @pytest.mark.parametrize("path", ["/users", "/users/ann"])

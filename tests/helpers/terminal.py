@@ -90,11 +90,17 @@ def environment(hub: RealHub | ScriptedHub, env: Mapping[str, str]) -> dict[str,
     return {**kept, "TERM": "xterm", "JUPYTERHUB_API_TOKEN": token, **env}
 
 
+def open_terminal(columns: int) -> tuple[int, int]:
+    """A terminal of so many columns, and the end of it that a program writes to."""
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return terminal, its_end
+
+
 def in_terminal(hub: RealHub | ScriptedHub, columns: int, *args: str, env: Mapping[str, str] | None = None) -> Session:
     """Run `cull_idle.py --once --url HUB ARGS` in a terminal of so many columns."""
-    terminal, its_end = os.openpty()
+    terminal, its_end = open_terminal(columns)
     try:
-        fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         process = subprocess.Popen(
             [sys.executable, PROGRAM, "--once", "--url", hub.url, *args],
             env=environment(hub, env or {}),

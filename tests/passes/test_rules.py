@@ -148,6 +148,13 @@ def test_of_servers_that_all_differ_only_some_are_remembered(
     assert max(remembered) == 3
 
 
+def server_with(**options: object) -> cull_idle.Server:
+    """A server with these user_options."""
+    model = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z", "user_options": options}
+    (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
+    return server
+
+
 def test_long_options_are_matched_and_not_remembered() -> None:
     """Users may put a megabyte into each, again and again."""
     kept = POLICY._replace(kept_by="rule 1")
@@ -155,10 +162,7 @@ def test_long_options_are_matched_and_not_remembered() -> None:
     tracemalloc.start()
     try:
         for number in range(20):
-            model: dict[str, Any] = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z"}
-            model["user_options"] = {"profile": f"large-{number}-{'x' * 1_000_000}"}
-            (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
-            assert policies.find(server) is kept
+            assert policies.find(server_with(profile=f"large-{number}-{'x' * 1_000_000}")) is kept
         assert tracemalloc.get_traced_memory()[0] < 5_000_000
     finally:
         tracemalloc.stop()
@@ -168,10 +172,7 @@ def test_long_lists_of_empty_texts_are_not_remembered() -> None:
     rule = (parse_rule("option.tags=x keep"), POLICY)
     policies = cull_idle.Policies([rule], POLICY)
     for number in range(5):
-        model: dict[str, Any] = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z"}
-        model["user_options"] = {"tags": [""] * (cull_idle.LONGEST_REMEMBERED + 1 + number)}
-        (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
-        policies.find(server)
+        policies.find(server_with(tags=[""] * (cull_idle.LONGEST_REMEMBERED + 1 + number)))
     assert policies._remembered == {}
 
 
