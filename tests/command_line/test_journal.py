@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from processes import PROGRAM
+from processes import RUN
 from runs import TIMESTAMP, Cull
 from scripted_hub import LONG_AGO, ScriptedHub, respond, respond_json
 
@@ -102,7 +102,7 @@ def test_only_the_stream_that_systemd_names_is_the_journal(scripted: ScriptedHub
     pipes = {name: os.pipe() for name in ("stdout", "stderr")}
     status = os.fstat(pipes[journal][1])
     subprocess.run(
-        [sys.executable, PROGRAM, "--url", scripted.url, "--once", "--json", "--timeout=1h"],
+        [*RUN, "--url", scripted.url, "--once", "--json", "--timeout=1h"],
         env={
             **os.environ,
             "JUPYTERHUB_API_TOKEN": scripted.token,

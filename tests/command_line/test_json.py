@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import pytest
 from hub import IDLE, IDLE_USER, RealHub
-from processes import PROGRAM
+from processes import RUN
 from readme_text import rows
 from runs import TIMESTAMP, Cull, Result
 from scripted_hub import (
@@ -446,7 +446,7 @@ class Piped:
 
     def __init__(self, hub: ScriptedHub, *args: str, stdout: int | IO[bytes] = subprocess.PIPE) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, "--url", hub.url, "--timeout=1h", *args],
+            [*RUN, "--url", hub.url, "--timeout=1h", *args],
             env={**os.environ, "JUPYTERHUB_API_TOKEN": hub.token, "PYTHONUNBUFFERED": ""},
             stdout=stdout,
             stderr=subprocess.PIPE,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import time
 
 import pytest
 from hub import RealHub
-from processes import PROGRAM
+from processes import RUN
 from runs import Result
 from scripted_hub import HOUR, LONG_AGO, ScriptedHub, respond
 from terminal import Session, environment, in_pipe, in_terminal, open_terminal
@@ -100,7 +99,7 @@ def test_a_terminal_that_goes_away_does_not_end_a_loop(scripted: ScriptedHub) ->
     many_idle(scripted, 30)
     terminal, its_end = open_terminal(80)
     process = subprocess.Popen(
-        [sys.executable, PROGRAM, "--timeout=1h", "--concurrency=1", "--url", scripted.url],
+        [*RUN, "--timeout=1h", "--concurrency=1", "--url", scripted.url],
         env=environment(scripted, {}),
         stdin=its_end,
         stdout=its_end,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import PROGRAM
+from processes import PROGRAM, RUN
 from runs import Cull, Result, RunLoop
 from scripted_hub import (
     ALL_SCOPES,
@@ -630,7 +630,7 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
     scripted.add("ann", idle=7230)
     with Path("/dev/full").open("wb") as full:
         process = subprocess.run(
-            [sys.executable, PROGRAM, "--once", "--url", scripted.url, "--timeout=1h", *args],
+            [*RUN, "--once", "--url", scripted.url, "--timeout=1h", *args],
             env={**os.environ, "JUPYTERHUB_API_TOKEN": token},
             stdout=subprocess.PIPE,
             stderr=full,

@@ -6,22 +6,25 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import PROGRAM, Running, Start
+from processes import RUN, Running, Start
 from runs import Cull, Result
 from scripted_hub import LONG_AGO, Answer, Exchange, Reply, ScriptedHub, drip, hang, normal, respond, slow
 from terminal import read_some
 
 import cull_idle
 
-IN_FLIGHT = 0.5  # seconds that a slow request takes after the signal
-SOON = 2.0  # seconds for everything else that a process does before it ends
+IN_FLIGHT = 0.3  # seconds that a slow request takes after the signal
+SOON = 2.0  # seconds for everything else that the program does before it ends
+
+Interrupt = Callable[[str, str, Reply], "Interrupted"]
+"""Interrupts a pass while requests of this method and path get this reply."""
 
 
 class Phase(NamedTuple):
@@ -47,20 +50,26 @@ PHASES = [
 
 
 class Gate:
-    """Slow replies: they wait for the signal, and then for IN_FLIGHT."""
+    """The slow replies of a phase: once both workers wait for one, a signal is sent. They come IN_FLIGHT later."""
 
-    def __init__(self, scripted: ScriptedHub, method: str, pattern: str) -> None:
-        self.waiting = 0
+    def __init__(self, scripted: ScriptedHub, phase: Phase, send_signal: Callable[[], object]) -> None:
+        self.lines_before: list[str] = []  # the requests until then
+        self.sent_at = 0.0
+        self._scripted = scripted
+        self._workers = phase.workers
+        self._send_signal = send_signal
         self._lock = threading.Lock()
         self._sent = threading.Event()
-        scripted.fault(method, pattern, self._reply, times=None)
-
-    def signal_sent(self) -> None:
-        self._sent.set()
+        scripted.fault(*phase.slow, self._reply, times=None)
 
     def _reply(self, exchange: Exchange) -> Answer:
         with self._lock:
-            self.waiting += 1
+            self._workers -= 1
+            if self._workers == 0:
+                self.lines_before = self._scripted.lines()
+                self.sent_at = time.monotonic()
+                self._send_signal()
+                self._sent.set()
         assert self._sent.wait(20)
         return slow(IN_FLIGHT)(exchange)
 
@@ -85,77 +94,27 @@ def seconds_to_end(culler: Running, number: signal.Signals = signal.SIGTERM) -> 
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("once", "exit_code"), [([], 0), (["--once"], 1)], ids=["loop", "once"])
-def test_requests_in_flight_finish_and_nothing_starts_after_the_signal(
-    ten_users: ScriptedHub, start: Start, phase: Phase, once: list[str], exit_code: int
-) -> None:
-    gate = Gate(ten_users, *phase.slow)
-    culler = start(ten_users, *arguments(), *once)
-    culler.wait_for(lambda: gate.waiting == phase.workers)
-    before = ten_users.lines()
-    culler.process.send_signal(signal.SIGTERM)
-    gate.signal_sent()
-    began = time.monotonic()
-    assert culler.process.wait(15) == exit_code
-    assert IN_FLIGHT / 2 < time.monotonic() - began < IN_FLIGHT + SOON
-    assert ten_users.lines() == before
-    assert ten_users.stopped_count == phase.stopped
-    assert 10 - len(ten_users.users) == phase.deleted
-    said = Result(exit_code, "", culler.said())
+def assert_what_was_in_flight_is_done(gate: Gate, hub: ScriptedHub, phase: Phase, said: Result) -> None:
+    assert IN_FLIGHT / 2 < time.monotonic() - gate.sent_at < IN_FLIGHT + SOON
+    assert hub.lines() == gate.lines_before
+    assert hub.stopped_count == phase.stopped
+    assert 10 - len(hub.users) == phase.deleted
     assert [*said.outcomes.values()].count("culled") == phase.stopped
     assert [*said.outcomes.values()].count("deleted") == phase.deleted
     assert said.counts.get("left undone", 0) == phase.undone
-    assert len(said.errors) == len(once)  # --once reports the interruption
 
 
-RETRIED = [
-    pytest.param("GET", "/user", id="whose token is it"),
-    pytest.param("GET", r"/users\?limit=2&offset=4", id="page"),
-    pytest.param("GET", "/users/idle0", id="second look at a server"),
-    pytest.param("DELETE", "/users/idle0/server", id="DELETE of a server"),
-    pytest.param("DELETE", "/users/empty0", id="DELETE of a user"),
-]
-
-
-@pytest.mark.parametrize(("method", "pattern"), RETRIED)
-def test_the_pause_before_another_try_ends_with_the_signal(
-    ten_users: ScriptedHub, start: Start, method: str, pattern: str
+@pytest.mark.parametrize("phase", PHASES)
+def test_requests_in_flight_finish_and_nothing_starts_after_the_signal(
+    ten_users: ScriptedHub, start: Start, phase: Phase
 ) -> None:
-    ten_users.fault(method, pattern, respond(503, headers={"Retry-After": "25"}), times=None)
-    culler = start(ten_users, *arguments(workers=1))
-    path = pattern.replace("\\", "")
-    culler.wait_for(lambda: f"{method} {path}" in ten_users.lines())
-    time.sleep(0.2)  # the pause starts when the answer has arrived
-    before = ten_users.lines()
-    assert seconds_to_end(culler) < SOON
-    assert culler.process.returncode == 0
-    assert ten_users.lines() == before
-
-
-@pytest.mark.parametrize(
-    "silence",
-    [
-        pytest.param(hang(), id="no answer"),
-        pytest.param(drip(0.05, of=respond(200, b"x" * 999)), id="a drip of the body"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("method", "pattern"),
-    [("GET", "/user"), ("GET", r"/users\?limit=2"), ("GET", "/users/idle0"), ("DELETE", "/users/idle0/server")],
-    ids=["whose token is it", "page", "second look", "DELETE"],
-)
-def test_a_silent_hub_delays_the_end_by_one_request_timeout_at_most(
-    ten_users: ScriptedHub, start: Start, method: str, pattern: str, silence: Reply
-) -> None:
-    ten_users.fault(method, pattern, silence, times=None)
-    culler = start(ten_users, *arguments(workers=1), "--request-timeout=0.6s")
-    path = pattern.replace("\\", "")
-    culler.wait_for(lambda: f"{method} {path}" in ten_users.lines())
-    before = ten_users.lines()
-    assert seconds_to_end(culler) < 0.6 + SOON
-    assert culler.process.returncode == 0
-    assert ten_users.lines() == before
+    started: list[Running] = []
+    gate = Gate(ten_users, phase, lambda: started[0].process.send_signal(signal.SIGTERM))
+    started.append(start(ten_users, *arguments()))
+    exit_code = started[0].process.wait(15)
+    said = Result(exit_code, "", started[0].said())
+    assert_what_was_in_flight_is_done(gate, ten_users, phase, said)
+    assert (exit_code, said.errors) == (0, [])
 
 
 @pytest.mark.parametrize("fault", [normal(), respond(403)], ids=["between two passes", "after a failure"])
@@ -187,7 +146,7 @@ def test_a_ctrl_c_in_a_terminal_says_at_once_that_a_second_one_quits(scripted: S
     scripted.add("ann", idle=LONG_AGO, stop_seconds=9)
     terminal, its_end = os.openpty()
     with subprocess.Popen(
-        [sys.executable, PROGRAM, "--once", "--url", scripted.url, "--timeout=1h"],
+        [*RUN, "--once", "--url", scripted.url, "--timeout=1h"],
         env={**os.environ, "JUPYTERHUB_API_TOKEN": scripted.token},
         stderr=its_end,
     ) as process:
@@ -219,7 +178,7 @@ def test_a_second_signal_ends_pid_1_at_once(scripted: ScriptedHub, number: signa
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("DELETE", ".*", hang(), times=None)
     outer = subprocess.Popen(
-        [*AS_PID_1, sys.executable, PROGRAM, "--url", scripted.url, "--timeout=1h"],
+        [*AS_PID_1, *RUN, "--url", scripted.url, "--timeout=1h"],
         env={**os.environ, "JUPYTERHUB_API_TOKEN": scripted.token},
         stderr=subprocess.PIPE,
     )
@@ -254,32 +213,100 @@ def test_a_second_signal_ends_the_process_at_once(scripted: ScriptedHub, start: 
 # In this process
 
 
-def tell_this_process() -> Reply:
-    """A slow reply. The first one sends a SIGTERM to this process, in which the program runs."""
-    sent = threading.Event()
-
-    def reply(exchange: Exchange) -> Answer:
-        if not sent.is_set():
-            sent.set()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return slow(0.1)(exchange)
-
-    return reply
-
-
 @pytest.mark.parametrize("phase", PHASES)
-def test_no_thread_is_left_and_the_signal_handlers_are_restored(
-    cull_scripted: Cull, ten_users: ScriptedHub, phase: Phase
+def test_once_requests_in_flight_finish_too_and_no_thread_or_handler_is_left(
+    cull_scripted: Cull, ten_users: ScriptedHub, tell_to_stop: Callable[[], None], phase: Phase
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     threads = set(threading.enumerate())
-    ten_users.fault(*phase.slow, tell_this_process(), times=None)
-    assert cull_scripted(*arguments()).exit_code == 1
+    gate = Gate(ten_users, phase, tell_to_stop)
+    said = cull_scripted(*arguments())
+    assert_what_was_in_flight_is_done(gate, ten_users, phase, said)
+    assert (said.exit_code, len(said.errors)) == (1, 1)  # the interruption is an error
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     ten_users.pause_listening()
     for thread in set(threading.enumerate()) - threads:
         thread.join(0 if "ThreadPool" in thread.name else 5)  # the Hub's own threads end now
     assert set(threading.enumerate()) <= threads
+
+
+class Interrupted(NamedTuple):
+    """What a pass has done when it was interrupted."""
+
+    exit_code: int
+    seconds: float  # since the signal
+    requests: int  # since then
+
+
+@pytest.fixture
+def interrupt(cull_scripted: Cull, ten_users: ScriptedHub, tell_to_stop: Callable[[], None]) -> Interrupt:
+    """Make a pass that gets the same reply again and again, and send a SIGTERM 0.2 s after the first one."""
+
+    def run(method: str, pattern: str, reply: Reply) -> Interrupted:
+        sent_at = 0.0
+        requests_before = 0
+
+        def tell() -> None:
+            nonlocal sent_at, requests_before
+            sent_at, requests_before = time.monotonic(), len(ten_users.lines())
+            tell_to_stop()
+
+        timer = threading.Timer(0.2, tell)
+
+        def first_reply(exchange: Exchange) -> Answer:
+            timer.start()
+            return reply(exchange)
+
+        ten_users.fault(method, pattern, first_reply)
+        ten_users.fault(method, pattern, reply, times=None)
+        exit_code = cull_scripted(*arguments(workers=1), "--request-timeout=0.6s").exit_code
+        ended = time.monotonic()
+        timer.join()
+        return Interrupted(exit_code, ended - sent_at, len(ten_users.lines()) - requests_before)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "exit_code"),
+    [
+        pytest.param("GET", "/user", 3, id="whose token is it"),
+        pytest.param("GET", r"/users\?limit=2&offset=4", 3, id="page"),
+        pytest.param("GET", "/users/idle0", 1, id="second look at a server"),
+        pytest.param("DELETE", "/users/idle0/server", 1, id="DELETE of a server"),
+        pytest.param("DELETE", "/users/empty0", 1, id="DELETE of a user"),
+    ],
+)
+def test_the_pause_before_another_try_ends_with_the_signal(
+    interrupt: Interrupt, method: str, pattern: str, exit_code: int
+) -> None:
+    interrupted = interrupt(method, pattern, respond(503, headers={"Retry-After": "25"}))
+    assert (interrupted.exit_code, interrupted.requests) == (exit_code, 0)
+    assert 0 < interrupted.seconds < SOON
+
+
+@pytest.mark.parametrize(
+    "silence",
+    [
+        pytest.param(hang(), id="no answer"),
+        pytest.param(drip(0.05, of=respond(200, b"x" * 999)), id="a drip of the body"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "pattern", "exit_code"),
+    [
+        pytest.param("GET", "/user", 3, id="whose token is it"),
+        pytest.param("GET", r"/users\?limit=2", 3, id="page"),
+        pytest.param("GET", "/users/idle0", 1, id="second look"),
+        pytest.param("DELETE", "/users/idle0/server", 1, id="DELETE"),
+    ],
+)
+def test_a_silent_hub_delays_the_end_by_one_request_timeout_at_most(
+    interrupt: Interrupt, method: str, pattern: str, exit_code: int, silence: Reply
+) -> None:
+    interrupted = interrupt(method, pattern, silence)
+    assert (interrupted.exit_code, interrupted.requests) == (exit_code, 0)
+    assert 0 < interrupted.seconds < 0.6 + SOON
 
 
 def test_a_signal_is_noticed_while_the_main_thread_waits_for_another() -> None:

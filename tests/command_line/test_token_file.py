@@ -3,12 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import LOOP, PROGRAM, Start
+from processes import LOOP, RUN, Start
 from runs import RunLoop
 from scripted_hub import ScriptedHub
 
@@ -70,7 +69,7 @@ def test_a_token_comes_through_a_pipe(scripted: ScriptedHub, args: list[str], pa
     os.close(writer)
     path = path if path == "/dev/stdin" else f"/dev/fd/{reader}"
     with subprocess.Popen(
-        [sys.executable, PROGRAM, "--url", scripted.url, "--timeout=1h", *args, "--token-file", path],
+        [*RUN, "--url", scripted.url, "--timeout=1h", *args, "--token-file", path],
         stdin=reader,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -90,7 +89,7 @@ def test_a_fifo_that_nobody_writes_into_is_given_up_soon(scripted: ScriptedHub, 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     process = subprocess.run(
-        [sys.executable, PROGRAM, "--once", "--url", scripted.url, "--token-file", fifo],
+        [*RUN, "--once", "--url", scripted.url, "--token-file", fifo],
         check=False,
         capture_output=True,
         timeout=15,

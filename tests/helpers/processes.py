@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
+RUN = (sys.executable, "-m", "cull_idle")  # compiled only once, as it is where it is installed
 LOOP = ("--timeout=1h", "--cull-every=1s")
 
 
@@ -22,7 +23,7 @@ class Running:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "--url", url, *args],
+                [*RUN, "--url", url, *args],
                 env={**os.environ, "JUPYTERHUB_API_TOKEN": token},
                 stdout=output,
                 stderr=output,

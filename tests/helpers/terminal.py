@@ -7,7 +7,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import pyte
 import wcwidth
 from hub import RealHub
-from processes import PROGRAM
+from processes import RUN
 from scripted_hub import ScriptedHub
 
 LOGGED_AT = re.compile(r"\d\d:\d\d:\d\d (?=DEBUG|INFO|WARNING|ERROR)")
@@ -102,7 +101,7 @@ def in_terminal(hub: RealHub | ScriptedHub, columns: int, *args: str, env: Mappi
     terminal, its_end = open_terminal(columns)
     try:
         process = subprocess.Popen(
-            [sys.executable, PROGRAM, "--once", "--url", hub.url, *args],
+            [*RUN, "--once", "--url", hub.url, *args],
             env=environment(hub, env or {}),
             stdin=its_end,
             stdout=its_end,
@@ -130,7 +129,7 @@ def read_some(terminal: int) -> bytes:
 def in_pipe(hub: RealHub | ScriptedHub, *args: str, env: Mapping[str, str] | None = None) -> tuple[bytes, bytes]:
     """Run `cull_idle.py --once --url HUB ARGS` without a terminal; returns its stdout and its stderr."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, "--once", "--url", hub.url, *args],
+        [*RUN, "--once", "--url", hub.url, *args],
         env=environment(hub, env or {}),
         capture_output=True,
         check=True,
