@@ -1394,6 +1394,7 @@ class Answer(NamedTuple):
         """
         import json
 
+        gc.disable()  # deep in nested JSON, finalizers would fail for lack of stack, and Python would print tracebacks
         try:
             return json.loads(self.body)
         except ValueError as error:
@@ -1404,6 +1405,8 @@ class Answer(NamedTuple):
                 raise ValueError("answered nothing") from None
             is_html = self.body.lstrip().startswith(b"<")
             raise ValueError("answered HTML" if is_html else "answered no JSON") from None
+        finally:
+            gc.enable()
 
     @property
     def error(self) -> dict[str, Any] | None:

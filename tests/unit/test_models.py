@@ -1,6 +1,8 @@
 """User models: recorded answers of every Hub since 0.6, and garbage."""
 
+import gc
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_hub import DROP
 
-from cull_idle import Server, User, parse_user
+from cull_idle import Answer, Server, User, parse_user
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("hub-*.json"))
 
@@ -214,3 +216,37 @@ def test_any_json_object_with_a_name_is_read(user: dict[str, Any], servers: dict
     for server in read.servers:
         assert server.doubt or server.last_activity
         assert server.full_name.isprintable()
+
+
+@pytest.fixture
+def collections() -> Iterator[list[str]]:
+    """What the garbage collector, which has much to do now, reports."""
+    reports: list[str] = []
+
+    def report(phase: str, _info: object) -> None:
+        reports.append(phase)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(report)
+    gc.set_threshold(10)
+    yield reports
+    gc.set_threshold(*threshold)
+    gc.callbacks.remove(report)
+
+
+def test_no_finalizer_runs_deep_in_nested_json(collections: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail for lack of stack, and Python would print a traceback."""
+    loads, during = json.loads, []
+
+    def counting(body: bytes) -> object:
+        before = len(collections)
+        try:
+            return loads(body)
+        finally:
+            during.append(len(collections) - before)
+
+    monkeypatch.setattr(json, "loads", counting)
+    with pytest.raises(RecursionError):
+        Answer(200, b"[" * 100_000, datetime.now(UTC)).json()
+    assert during == [0]
+    assert gc.isenabled()
