@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -185,20 +186,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
-def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but without coverage, which on Python 3.11 slows down all code, not only what it measures.
+# Coverage on Python 3.11 slows down all code, not only what it measures. So only tests themselves run with it.
 
-    The lines of ours that run within requests are measured where the program is a process of its own.
-    """
+TRACE = pytest.StashKey[Any]()  # the trace function of coverage; None without it
+
+
+@contextlib.contextmanager
+def traced_by(trace: Any) -> Iterator[None]:
+    """Have this thread traced by another trace function, or by none."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but without coverage. Ours that it calls is measured where the program is a process of its own."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        trace = sys.gettrace()
-        sys.settrace(None)
-        try:
+        with traced_by(None):
             return function(*args, **kwargs)
-        finally:
-            sys.settrace(trace)
 
     return call
 
@@ -217,11 +227,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None]:
-    """Collect without coverage, which would take twice as long; cull_idle.py was imported before."""
-    trace = sys.gettrace()
-    sys.settrace(None)
-    yield
-    sys.settrace(trace)
+    with traced_by(None):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    session.config.stash[TRACE] = sys.gettrace()
+    with traced_by(None):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    with traced_by(item.config.stash[TRACE]):
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
