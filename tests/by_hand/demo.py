@@ -51,7 +51,6 @@ SERVERS = [
     Server("fay", "", "old, but busy", idle(2 * MINUTE, 20 * DAY), "running"),
     Server("gus", "train", "busy, a named one", idle(5, 6 * HOUR), "running"),
     Server("hal", "notes", "idle for 3 days, a named one", idle(3 * DAY, 4 * DAY), "gone"),
-    Server("dave smith", "", "idle for 5h", idle(5 * HOUR, 9 * HOUR), "gone"),
 ]
 COMPUTING = Server("ivy", "", "computes and prints nothing", {}, "running")
 WAITING = Server("jon", "", "an idle kernel", {}, "gone")

@@ -426,14 +426,12 @@ KNOWN = {
         "ExecStart",
         "LoadCredential",
         "PrivateDevices",
-        "PrivateUsers",
         "ProtectHome",
         "Restart",
         "RestartPreventExitStatus",
         "RestartSec",
         "RestrictAddressFamilies",
         "RestrictNamespaces",
-        "SystemCallArchitectures",
         "SystemCallFilter",
         "Type",
     },
@@ -584,8 +582,7 @@ def test_a_pod_culls_with_the_token_it_is_handed(machine: Machine, hub: RealHub)
     Path(machine.under(mount["mountPath"]), item["path"]).write_text(hub.culler_token)
 
     assert container["command"][:3] == ["python3", "-m", "cull_idle"]
-    words = [*container["command"][3:], *container["args"]]
-    args = machine.under(shlex.join(words)).replace("http://hub:8081/hub/api", hub.url)
+    args = machine.under(shlex.join(container["command"][3:])).replace("http://hub:8081/hub/api", hub.url)
     result = machine.run(f"{machine.under(COMMAND)} {args}", PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
 
