@@ -9,7 +9,8 @@ from uuid import uuid4
 
 import requests
 import websocket
-from hub import RealHub, api_path, free_ports
+from hub import RealHub, api_path
+from hub.process import free_ports
 
 COMPUTE_SILENTLY = "import time; time.sleep(600)"
 
@@ -26,15 +27,14 @@ c.JupyterHub.load_roles.append({"name": "asker", "services": ["culler"], "scopes
 
 SERVERS = """
 from jupyterhub.spawner import SimpleLocalProcessSpawner
-from jupyterhub.utils import random_port
-from process import ForkedProcess
+from process import ForkedProcess, free_ports
 
 class ServerSpawner(SimpleLocalProcessSpawner):
     home_dir_template = os.getcwd() + "/home-{username}"
 
     async def start(self):
         # What jupyterhub-singleuser runs, without importing it for each server.
-        self.port = random_port()
+        (self.port,) = free_ports(1)
         os.makedirs(self.home_dir, exist_ok=True)
         argv = ["jupyterhub-singleuser"] + self.get_args()
         log = os.path.abspath("log")

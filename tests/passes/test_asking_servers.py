@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import free_ports
+from hub.process import free_ports
 from runs import Cull, Result, RunLoop
 from scripted_hub import (
     ALL_SCOPES,

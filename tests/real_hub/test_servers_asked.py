@@ -102,7 +102,7 @@ def test_who_is_due(ask: Cull, idle_by: str, due: set[str]) -> None:
     assert set(outcomes(result)) == due
     asks = idle_by in ("server", "kernels")
     assert (total(result)["asked"], total(result)["busy"]) == ((6, 2) if asks else (0, 0))
-    assert total(result)["no_answer"] == 0
+    assert total(result)["no_answer"] == 0, result.err
 
 
 def test_what_keeps_a_tab_active_for_the_hub_does_not_count(ask: Cull, people: RealHub) -> None:
@@ -164,7 +164,7 @@ def test_a_filtered_scope_leaves_the_others_to_the_hub(ask: Cull, people: RealHu
     scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers", "tokens!group=computing"]
     result = ask("--dry-run", "--json", "--idle-by=server", token=people.token_with(*scopes))
     assert result.exit_code == 0
-    assert [total(result)[what] for what in ("asked", "busy", "no_answer")] == [6, 1, 4]
+    assert [total(result)[what] for what in ("asked", "busy", "no_answer")] == [6, 1, 4], result.err
     assert set(outcomes(result)) == {"busy/lab", "calm", "typist", "back"}
 
 
@@ -191,7 +191,7 @@ def test_both_stops_only_what_nobody_uses(ask: Cull, people: RealHub) -> None:
         "back": "spared",
     }
     assert people.running() == {"busy", "typist", "back", "honest"}
-    assert (total(result)["asked"], total(result)["busy"], total(result)["no_answer"]) == (5, 1, 0)
+    assert (total(result)["asked"], total(result)["busy"], total(result)["no_answer"]) == (5, 1, 0), result.err
     # A token for each, by the Hub's own account, and none is left.
     log = settled_log(people).removeprefix(before)
     assert len(re.findall(r" 201 POST \S+/tokens .*culler@", log)) == 5

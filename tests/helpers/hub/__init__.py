@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import secrets
-import socket
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from urllib.parse import quote
 
 import requests
 
-from .process import ForkedProcess
+from .process import ForkedProcess, free_ports
 
 CONFIG = Path(__file__).with_name("jupyterhub_config.py")
 
@@ -39,17 +38,6 @@ HOUR = 3600
 # What `spawn` takes. Half a minute over: times are written in whole minutes, and a test may take some seconds.
 IDLE: dict[str, Any] = {"idle_seconds": 2 * HOUR + 90}
 IDLE_USER: dict[str, Any] = {**IDLE, "user_idle_seconds": 2 * HOUR + 90, "user_age_seconds": 9 * HOUR + 90}
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to whoever asks for any: a Hub must find its port free at each start."""
-    found: set[int] = set()
-    while len(found) < count:
-        port = 20_000 + secrets.randbelow(12_000)
-        with contextlib.suppress(OSError), socket.socket() as each:
-            each.bind(("127.0.0.1", port))
-            found.add(port)
-    return list(found)
 
 
 def full_name(name: str, server: str = "") -> str:

@@ -4,10 +4,13 @@ Hubs use this too, for their servers; see real_servers.py.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -41,6 +44,18 @@ for line in sys.stdin:
     main()
     sys.exit()
 """
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that the system gives to nobody who asks for any: they are still free when a Hub or server starts."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.socket() as each:
+            each.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
+
 
 _lock = threading.Lock()
 
