@@ -45,10 +45,10 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, NamedTuple, Self, TextIO, TypeVar
 
@@ -362,8 +362,7 @@ def parse_user(model: object) -> User:
         doubt = doubt or "neither last_activity nor created is known"
     elif not isinstance(admin, bool):
         doubt = "the Hub does not say whether the user is an admin"
-    # Unknown counts as admin, because --cull-admin-users=false spares admins.
-    return User(model["name"], admin is not False, created, last_activity, parse_servers(model), doubt, model)
+    return User(model["name"], admin is True, created, last_activity, parse_servers(model), doubt, model)
 
 
 def parse_servers(model: object) -> list[Server]:
@@ -832,7 +831,7 @@ class Arbiter(NamedTuple):
         with calling_arbiter:
             answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
             if inspect.isawaitable(answer):
-                answer = arbiter_loop().run(wait_for(answer))
+                answer = arbiter_loop().run(answer)  # type: ignore[arg-type]  # raises for anything but a coroutine
             return bool(answer)
 
 
@@ -847,11 +846,6 @@ def arbiter_loop() -> asyncio.Runner:
     runner = asyncio.Runner()
     atexit.register(runner.close)
     return runner
-
-
-async def wait_for(awaitable: Awaitable[object]) -> object:
-    """Wait for any awaitable; an event loop runs coroutines only."""
-    return await awaitable
 
 
 def load_arbiter(name: str) -> Arbiter:
@@ -940,18 +934,18 @@ class TextType(click.ParamType[Any]):
         return self.name
 
 
-def duration_type(*, least: timedelta = ZERO, most: timedelta = NEVER, never: bool = False) -> TextType:
-    """The type of a duration within these bounds, or perhaps `never`."""
+def duration_type(*, least: timedelta = ZERO, most: timedelta) -> TextType:
+    """The type of a duration within these bounds."""
 
     def read(text: str) -> timedelta:
-        duration = parse_limit(text) if never else parse_duration(text)
+        duration = parse_duration(text)
         if duration < least:
             raise ValueError(f"{text!r} is too short: at least {least.total_seconds():g}s.")
         if duration > most:
             raise ValueError(f"{text!r} is too long: at most {format_duration(most)}.")
         return duration
 
-    return TextType(read, "DURATION|never" if never else "DURATION")
+    return TextType(read, "DURATION")
 
 
 class Fuse(NamedTuple):
@@ -1087,7 +1081,7 @@ class ClientCertificate(NamedTuple):
     ca: str
 
 
-LIMIT_TYPE = duration_type(never=True)
+LIMIT_TYPE = TextType(parse_limit, "DURATION|never")
 FILE_TYPE, DIRECTORY_TYPE = TextType(parse_path, "FILE"), TextType(parse_path, "DIR")
 
 
@@ -1581,14 +1575,12 @@ class Connections:
 
     def __init__(self, settings: Settings, certificate: ClientCertificate | None = None) -> None:
         self.request_timeout = settings.request_timeout
-        self._concurrency = settings.concurrency
         self._certificate = certificate
-        self._tls_and_proxies: dict[str, dict[str, Any]] = {}  # by scheme and host
+        self._adapter = adapter_with_deadline(settings.concurrency)
 
     def close(self) -> None:
         """Close all connections."""
-        if "_adapter" in vars(self):
-            self._adapter.close()
+        self._adapter.close()
 
     def send(
         self, method: str, url: str, headers: Mapping[str, str], body: object = None, timeout: float | None = None
@@ -1604,28 +1596,20 @@ class Connections:
         prepared = requests.Request(method, url, headers=dict(headers), json=body).prepare()
         prepared.url = url  # as it is: requests would decode %2E in it
         # Not through a Session: even with allow_redirects=False it reads all of a redirect's body.
-        response = self._adapter.send(prepared, stream=True, timeout=timeouts, **self._tls_and_proxy(url))
+        response = self._adapter.send(prepared, timeout=timeouts, **self._send_options(url))
         response.raw.enforce_content_length = True  # urllib3 1.26 takes a part of an answer for all of it
         return response
 
-    def _tls_and_proxy(self, url: str) -> dict[str, Any]:
+    def _send_options(self, url: str) -> Mapping[str, Any]:
         """Arguments for requests: for https:, certificates and the proxy. A proxy for http: would see the token."""
         if not url.startswith("https:"):
-            return {}  # the defaults of requests, which check certificates
+            return {"stream": True}  # else the defaults of requests, which check certificates
         import requests
 
-        origin = "/".join(url.split("/")[:3])
-        if origin not in self._tls_and_proxies:
-            certificate = self._certificate
-            verify = certificate.ca if certificate else None
-            cert = (certificate.cert, certificate.key) if certificate else None
-            merged = requests.Session().merge_environment_settings(url, {}, None, verify, cert)
-            self._tls_and_proxies[origin] = {key: merged[key] for key in ("verify", "cert", "proxies")}
-        return self._tls_and_proxies[origin]
-
-    @cached_property
-    def _adapter(self) -> requests.adapters.HTTPAdapter:
-        return adapter_with_deadline(self._concurrency)
+        certificate = self._certificate
+        verify = certificate.ca if certificate else None
+        cert = (certificate.cert, certificate.key) if certificate else None
+        return requests.Session().merge_environment_settings(url, {}, True, verify, cert)
 
 
 class Hub:
@@ -2220,8 +2204,9 @@ MOST_FAILURES = 10  # in a row, or two for each thread if that is more: then the
 
 
 class Outcome(enum.StrEnum):
-    """The result for a server or user that is due, or soon will be."""
+    """The result for a server or user."""
 
+    KEPT = "kept"  # not due; only reported with -v
     PLANNED = "planned"  # by a dry run
     WARNED = "warned"  # kept, but due soon
     DUE = "due"  # still due, and nothing has been done about it yet; never reported
@@ -2455,9 +2440,7 @@ class Findings:
 class Scan:
     """Reads the whole user list and decides about all of it. `on_kept` is told of each server or user that is kept."""
 
-    def __init__(
-        self, context: PassContext, on_kept: Callable[[Decision[Server] | Decision[User]], None] | None = None
-    ) -> None:
+    def __init__(self, context: PassContext, on_kept: Callable[[Event], None] | None = None) -> None:
         self._context = context
         self._settings = context.settings
         self._judge = context.judge
@@ -2556,7 +2539,7 @@ class Scan:
         if warning:
             findings.warnings.setdefault((server.user, server.name), warning)
         elif self._on_kept:
-            self._on_kept(Decision(server.without_models(), verdict))
+            self._on_kept(Event(server.without_models(), Outcome.KEPT, verdict.reason, verdict))
         return False
 
     def _decide_user(self, user: User, now: datetime, position: int) -> None:
@@ -2568,7 +2551,7 @@ class Scan:
         if verdict.in_doubt:
             self._count_doubt(user.full_name, verdict.reason)
         if self._on_kept:
-            self._on_kept(Decision(user.without_models(), verdict))
+            self._on_kept(Event(user.without_models(), Outcome.KEPT, verdict.reason, verdict))
 
     def _warning(self, server: Server, verdict: Verdict, now: datetime) -> Event | None:
         """The warning for a kept server, if it will be due within --warn-before."""
@@ -2976,9 +2959,9 @@ class Log:
         getattr(self._logger, level)("%s", sentence)
         self._draw_bar()
 
-    def kept(self, decision: Decision[Server] | Decision[User]) -> None:
+    def kept(self, event: Event) -> None:
         """Log a server or user that is kept."""
-        self.say("debug", f"kept {decision.target.full_name}: {decision.verdict.reason}")
+        self.say("debug", str(event))
 
     def event(self, event: Event) -> None:
         """Log what became of a server or user."""
@@ -3181,15 +3164,6 @@ TABLE_HEADER = ("SERVER", "IDLE", "AGE", "WOULD BE")
 WOULD_BE = {"stop": "stopped", "remove": "removed", "delete": "deleted"}
 
 
-class Row(NamedTuple):
-    """A row of the table."""
-
-    target: Server | User
-    verdict: Verdict
-    would_be: str  # a key of COLOURS
-    reason: str
-
-
 def planned_events(findings: Findings) -> Iterator[Event]:
     """What is due, and what will be soon."""
     due: list[Decision[Server] | Decision[User]] = [*findings.servers.values(), *findings.users.values()]
@@ -3213,33 +3187,21 @@ def plan_caveats(findings: Findings, identity: Identity | None, settings: Settin
         yield f"the token has only {' and '.join(narrow)}: stopping the servers of other users would fail"
 
 
-def show_plan(
-    findings: Findings, kept: Sequence[Decision[Server] | Decision[User]], caveats: Iterable[str], settings: Settings
-) -> None:
+def show_plan(findings: Findings, kept: Sequence[Event], caveats: Iterable[str], settings: Settings) -> None:
     """Print what a pass would do, the longest idle first, and how many servers other timeouts would stop.
 
     kept: what is shown besides. caveats: of plan_caveats.
     """
-    rows = []
-    for event in planned_events(findings):
-        would_be = "warned" if event.outcome is Outcome.WARNED else WOULD_BE[action(event.target, settings)]
-        rows.append(Row(event.target, event.verdict, would_be, event.reason))
-    rows += [Row(decision.target, decision.verdict, "kept", decision.verdict.reason) for decision in kept]
-    rows.sort(key=lambda row: row.verdict.idle or ZERO, reverse=True)
+    events = sorted([*planned_events(findings), *kept], key=lambda event: event.verdict.idle or ZERO, reverse=True)
     width = terminal_width(sys.stdout)
-    lines = [*table(rows, width)] if rows else []
-    users = f", {count_of(len(findings.users), 'user')} deleted" if settings.cull_users else ""
+    lines = [*table(events, settings, width)] if events else []
+    users = f", {len(findings.users)} of {findings.users_listed} users deleted" if settings.cull_users else ""
     lines += wrap(f"{len(findings.servers)} of {findings.running} running servers would be stopped{users}.", width)
     for caveat in caveats:
         lines += wrap(f"But {caveat}.", width)
     if findings.running:
         lines += ["", *bars(findings.idle_for, settings.timeout, width)]
     click.echo("\n".join(lines), color=wants_color())
-
-
-def count_of(count: int, noun: str) -> str:
-    """`1 user`, `2 users`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def wants_color() -> bool | None:
@@ -3304,12 +3266,13 @@ def wrap(text: str, width: int | None) -> list[str]:
     return [*lines, text]
 
 
-def table(rows: Iterable[Row], width: int | None) -> Iterator[str]:
+def table(events: Iterable[Event], settings: Settings, width: int | None) -> Iterator[str]:
     """Lines of a table of at most that many columns: long names are cut in the middle, reasons are wrapped."""
     cells = []
-    for target, verdict, would_be, reason in rows:
-        idle, age = ("-" if d is None else short(d) for d in (verdict.idle, verdict.age))
-        cells.append((encodable(target.full_name), idle, age, encodable(f"{would_be}: {reason}")))
+    for event in events:
+        would_be = WOULD_BE[action(event.target, settings)] if event.outcome is Outcome.PLANNED else event.outcome
+        idle, age = ("-" if d is None else short(d) for d in (event.verdict.idle, event.verdict.age))
+        cells.append((encodable(event.target.full_name), idle, age, encodable(f"{would_be}: {event.reason}")))
     widths = [max(map(display_width, column)) for column in zip(TABLE_HEADER, *cells, strict=True)]
     name_width, idle_width, age_width, reason_width = widths
     middle_width = 2 + idle_width + 2 + age_width + 2
@@ -3901,7 +3864,7 @@ class Loop:
 
     def _scan_and_show(self, context: PassContext, result: PassResult) -> None:
         """Scan, decide and show. Raises CullError."""
-        kept: list[Decision[Server] | Decision[User]] = []
+        kept: list[Event] = []
         findings = self._scan(context, result, self.log.kept if self.settings.json else kept.append)
         caveats = plan_caveats(findings, self._identity, self.settings)
         if self.settings.json:
@@ -3912,9 +3875,7 @@ class Loop:
         elif findings.complete or findings.users_listed:
             show_plan(findings, kept, caveats, self.settings)
 
-    def _scan(
-        self, context: PassContext, result: PassResult, on_kept: Callable[[Decision[Server] | Decision[User]], None]
-    ) -> Findings:
+    def _scan(self, context: PassContext, result: PassResult, on_kept: Callable[[Event], None]) -> Findings:
         """Scan and decide. `on_kept` is told of what is kept, if that is to be shown. Raises CullError."""
         findings = Scan(context, on_kept if self.settings.level == "debug" else None).run()
         result.add_findings(findings, self.settings.timeout)
@@ -4184,7 +4145,6 @@ def main(args: list[str] | None = None) -> int:
 def run_command_line(args: list[str] | None) -> int:
     """Run the command line, and turn each failure into a sentence; returns the exit code."""
     gc.set_threshold(10_000)  # pages make many objects and hardly any cycles
-    atexit.register(gc.freeze)  # skips the search for cycles at the end, which takes long after a large list
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

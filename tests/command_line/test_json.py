@@ -69,7 +69,8 @@ def events(**properties: Schema) -> list[Schema]:
     ]
 
 
-REPORTED = [outcome for outcome in cull_idle.Outcome if outcome is not cull_idle.Outcome.DUE]
+NOT_REPORTED = (cull_idle.Outcome.KEPT, cull_idle.Outcome.DUE)
+REPORTED = [outcome for outcome in cull_idle.Outcome if outcome not in NOT_REPORTED]
 SERVER = events(event={"const": "server"}, user=NAME, server=NAME, action={"enum": ["stop", "remove"]})
 USER = events(event={"const": "user"}, user=NAME, server=NOTHING, action={"const": "delete"})
 COUNTS = ("culled", "stopping", "gone", "spared", "failed", "deleted", "left_undone", "warned")

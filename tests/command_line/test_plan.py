@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import Cull
 from scripted_hub import HOUR, ScriptedHub
+from settings import settings_from
 from terminal import in_pipe, in_terminal
 
 import cull_idle
@@ -74,7 +75,7 @@ ann                         1h01m  2d
   kept: idle 1h01m, no limit by rule 2:
   user=ann timeout=never
 2 of 4 running servers would be stopped,
-1 user deleted.
+1 of 5 users deleted.
 
 idle for at least
     10m  ███████████████ 4
@@ -98,7 +99,7 @@ user maximili…@example.edu  3h01m  500d   kept: idle 3h01m, limit 30d
 user 山田太郎と佐藤花子     2h01m  500d   kept: idle 2h01m, limit 30d
 ann                         1h01m  2d     kept: idle 1h01m, no limit by rule 2:
                                           user=ann timeout=never
-2 of 4 running servers would be stopped, 1 user deleted.
+2 of 4 running servers would be stopped, 1 of 5 users deleted.
 
 idle for at least
     10m  ████████████████████████████████████████ 4
@@ -120,7 +121,7 @@ bob                                       4h01m  5h01m  warned: idle 4h01m, limi
 user maximiliane@example.edu              3h01m  500d   kept: idle 3h01m, limit 30d
 user 山田太郎と佐藤花子                   2h01m  500d   kept: idle 2h01m, limit 30d
 ann                                       1h01m  2d     kept: idle 1h01m, no limit by rule 2: user=ann timeout=never
-2 of 4 running servers would be stopped, 1 user deleted.
+2 of 4 running servers would be stopped, 1 of 5 users deleted.
 
 idle for at least
     10m  ████████████████████████████████████████ 4
@@ -237,7 +238,7 @@ CHARACTERS = st.one_of(
 NAMES = st.text(CHARACTERS, min_size=1, max_size=80)
 PRINTABLE = NAMES.map(cull_idle.printable)
 DURATIONS = st.one_of(st.none(), st.timedeltas(timedelta(0), timedelta(days=700_000)))
-WOULD_BE = st.sampled_from(list(cull_idle.COLOURS))
+OUTCOMES = st.sampled_from([cull_idle.Outcome.PLANNED, cull_idle.Outcome.WARNED, cull_idle.Outcome.KEPT])
 
 
 def width_of(text: str) -> int:
@@ -245,18 +246,21 @@ def width_of(text: str) -> int:
     return sum(max(wcwidth.wcwidth(char), 0) for char in text)
 
 
+SETTINGS = settings_from()
+
+
 @given(
-    rows=st.lists(st.tuples(NAMES, DURATIONS, DURATIONS, WOULD_BE, PRINTABLE), min_size=1, max_size=5),
+    rows=st.lists(st.tuples(NAMES, DURATIONS, DURATIONS, OUTCOMES, PRINTABLE), min_size=1, max_size=5),
     width=st.integers(40, 250),
 )
 def test_a_table_of_any_names_fits_and_has_every_number(
-    rows: list[tuple[str, timedelta | None, timedelta | None, str, str]], width: int
+    rows: list[tuple[str, timedelta | None, timedelta | None, cull_idle.Outcome, str]], width: int
 ) -> None:
-    shown = [
-        cull_idle.Row(server_named(name), cull_idle.Verdict(False, "", reason, idle, age), would_be, reason)
-        for name, idle, age, would_be, reason in rows
+    events = [
+        cull_idle.Event(server_named(name), outcome, reason, cull_idle.Verdict(False, "", reason, idle, age))
+        for name, idle, age, outcome, reason in rows
     ]
-    lines = click.unstyle("\n".join(cull_idle.table(shown, width))).splitlines()
+    lines = click.unstyle("\n".join(cull_idle.table(events, SETTINGS, width))).splitlines()
     assert max(map(width_of, lines)) <= width
     below = iter(lines)
     for _, idle, age, *_ in rows:

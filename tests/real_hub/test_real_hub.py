@@ -273,7 +273,7 @@ def test_a_dry_run_shows_the_users_who_would_be_deleted(hub: RealHub, cull_real:
         ["ann/gpu", "2h01m", "2h01m", "removed"],
         ["user ann", "2h01m", "9h01m", "deleted"],
     ]
-    assert re.findall(r"\d+", total[0]) == ["1", "1", "2"]
+    assert re.findall(r"\d+", total[0]) == ["1", "1", "2", "2"]
     assert hub.users() == {"ann", "bob"}
 
 

@@ -186,9 +186,9 @@ def test_servers_that_are_not_shown_are_one_server_in_doubt(servers: dict[str, o
 
 
 @pytest.mark.parametrize("admin", [DROP, None, 0, "no"])
-def test_a_user_who_may_be_an_admin_counts_as_one(admin: object) -> None:
+def test_a_user_who_may_be_an_admin_is_in_doubt(admin: object) -> None:
     model = {key: value for key, value in {**ANN, "servers": {}, "admin": admin}.items() if value is not DROP}
-    assert parse_user(model).admin
+    assert parse_user(model).doubt
 
 
 @pytest.mark.parametrize("model", [None, 7, "ann", [], {}, {"name": ""}, {"name": 7}])
