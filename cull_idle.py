@@ -747,7 +747,7 @@ def parse_rule(text: str) -> Rule:
         raise ValueError(f"{one_line(text)!r} has both keep and a limit, but keep means no limit: leave one out.")
     if not keep and not limits:
         raise ValueError(
-            f"{one_line(text)!r} sets nothing: it needs timeout=, max-age=, or keep, and quotes around the whole rule;"
+            f"{one_line(text)!r} sets nothing: put quotes around the whole rule, and set timeout=, max-age=, or keep;"
             f" {RULE_HELP}."
         )
     return Rule(printable(text), tuple(matches), limits.get("timeout"), limits.get("max-age"), keep)
@@ -775,10 +775,11 @@ class Policies:
 
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
-        self.default = default
+        self._default = default
+        self.applied: set[str] = set()  # texts of the rules that did
         # A Match for each field but the user's name. Any will do: all that match a field read the same values.
         self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
-        self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy]]] = {}
+        self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy, str]]] = {}
 
     def find(self, target: Server | User) -> Policy:
         """The policy for a server or user; for one in doubt, that of the options.
@@ -786,7 +787,7 @@ class Policies:
         Raises UnreadableError if the Hub does not show what a rule matches.
         """
         if not self._rules or target.doubt:  # kept in any case, and its model may lack what a rule matches
-            return self.default
+            return self._default
         values = tuple(match.values(target) for match in self._fields.values())
         candidates = self._remembered.get(values)
         if candidates is None:
@@ -796,18 +797,19 @@ class Policies:
             if sum(len(value) + 1 for each in values for value in each) <= LONGEST_REMEMBERED:
                 self._remembered[values] = candidates
         name = target.user if isinstance(target, Server) else target.name
-        for globs, policy in candidates:
+        for globs, policy, text in candidates:
             for glob in globs:  # faster than all(…), and done for each server
                 if not glob.match(name):
                     break
             else:
+                self.applied.add(text)
                 return policy
-        return self.default
+        return self._default
 
-    def _candidates(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy]]:
-        """The rules that match these values, each as its globs for the user's name and its policy."""
+    def _candidates(self, values: Mapping[str, tuple[str, ...]]) -> list[tuple[list[re.Pattern[str]], Policy, str]]:
+        """The rules that match these values, each as its globs for the user's name, its policy and its text."""
         return [
-            ([match.glob for match in rule.matches if match.name == "user"], policy)
+            ([match.glob for match in rule.matches if match.name == "user"], policy, rule.text)
             for rule, policy in self._rules
             if all(match.holds(values[match.name]) for match in rule.matches if match.name != "user")
         ]
@@ -980,7 +982,10 @@ def parse_command(text: str) -> tuple[str, ...]:
 
     words = tuple(split_words(text))
     if not words or "\0" in text or not shutil.which(words[0]):
-        raise ValueError(f"{one_line(words[0] if words else text)!r} is not a program that can be run.")
+        raise ValueError(
+            f"{one_line(words[0] if words else text)!r} is not a program that can be run: it must be executable, and on"
+            " the $PATH or written with its directory."
+        )
     return words
 
 
@@ -1027,9 +1032,9 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     for key, value in values.items():
         name = key.replace("-", "_")
         if isinstance(value, dict):
-            raise click.BadParameter(
-                f"{path}: [{one_line(key, 40)}] is a section, but no option is in one.", ctx, param
-            )
+            hint = "; a Python file of jupyterhub-idle-culler is not read" if key == "c" else ""
+            sentence = f"{path}: [{one_line(key, 40)}] is a section, but no option is in one{hint}."
+            raise click.BadParameter(sentence, ctx, param)
         if name not in types:
             hint = f"; did you mean {option_name(near)}?" if (near := most_similar(name, types)) else "."
             sentence = f"{path} has a key {one_line(key, 40)!r}, which is not an option{hint}"
@@ -1247,11 +1252,6 @@ class Settings:
     def asks_while_scanning(self) -> bool:
         """True if the scan asks servers, because the Hub's word does not count."""
         return self.idle_by in (IdleBy.SERVER, IdleBy.KERNELS)
-
-    @property
-    def asks_servers(self) -> bool:
-        """True if servers are asked. That looks like activity to the Hub, so `both` asks only right before a stop."""
-        return self.asks_while_scanning or (self.idle_by is IdleBy.BOTH and self.changes_something)
 
     @property
     def servers_root(self) -> str:
@@ -1473,8 +1473,9 @@ class Identity(NamedTuple):
     scopes: frozenset[str]  # expanded, with their filters: `delete:servers!group=students`
 
     def may(self, scope: str) -> bool:
-        """True if the token has the scope, perhaps for some users only."""
-        return any(each.partition("!")[0] == scope for each in self.scopes)
+        """True if the token has the scope, perhaps for some users only, but not just for its owner."""
+        own = f"{scope}!{self.kind}={self.name}"
+        return any(each.partition("!")[0] == scope and each != own for each in self.scopes)
 
     def filtered(self, *scopes: str) -> list[str]:
         """Those of these scopes that the token has for some users only, with their filters."""
@@ -3172,18 +3173,27 @@ def planned_events(findings: Findings) -> Iterator[Event]:
     yield from findings.warnings.values()
 
 
-def plan_caveats(findings: Findings, identity: Identity | None, settings: Settings) -> Iterator[str]:
-    """Why a real pass would do less than planned."""
+def plan_caveats(findings: Findings, judge: Judge, identity: Identity | None, settings: Settings) -> Iterator[str]:
+    """What is probably not as it should be, above all why a real pass would do less than planned."""
     try:
         findings.check_fuse(settings.max_culls)
     except FuseBlownError as error:
         yield str(error)
     if findings.servers and settings.idle_by is IdleBy.BOTH:
         yield "--idle-by both asks each of them first, and spares those in use"
-    missing = missing_scopes(identity, settings, to_cull=True) if identity else []
-    if missing:
+    yield from caveats_of_scopes(identity, settings)
+    for number, rule in judge.rules:
+        if rule.text not in judge.server_policies.applied | judge.user_policies.applied:
+            yield f"rule {number}, {rule.text}, applies to nobody now"
+
+
+def caveats_of_scopes(identity: Identity | None, settings: Settings) -> Iterator[str]:
+    """Why a real pass could not do what it should with this token."""
+    if not identity:
+        return
+    if missing := missing_scopes(identity, settings, to_cull=True):
         yield f"the token lacks {' and '.join(missing)}: a real pass would stop nothing"
-    if identity and "delete:servers" not in identity.scopes and (narrow := identity.filtered("delete:servers")):
+    if "delete:servers" not in identity.scopes and (narrow := identity.filtered("delete:servers")):
         yield f"the token has only {' and '.join(narrow)}: stopping the servers of other users would fail"
 
 
@@ -3199,7 +3209,7 @@ def show_plan(findings: Findings, kept: Sequence[Event], caveats: Iterable[str],
     lines += wrap(f"{len(findings.servers)} of {findings.running} running servers would be stopped{users}.", width)
     for caveat in caveats:
         lines += wrap(f"But {caveat}.", width)
-    if findings.running:
+    if any(findings.idle_for.values()):
         lines += ["", *bars(findings.idle_for, settings.timeout, width)]
     click.echo("\n".join(lines), color=wants_color())
 
@@ -3569,6 +3579,8 @@ def explanation(context: PassContext, name: str) -> Iterator[tuple[str, str]]:
     yield from explain_server(context, user, server_name, now)
     if explains_user:
         yield from explain_user(user, context.judge, now)
+    for caveat in caveats_of_scopes(context.identity, context.settings):
+        yield "but", caveat
 
 
 def ask_if_it_decides(context: PassContext, server: Server, now: datetime) -> Server:
@@ -3829,8 +3841,11 @@ class Loop:
 
     @contextlib.contextmanager
     def _open_asker(self, hub: Hub, result: PassResult | None = None) -> Iterator[Asker | None]:
-        """Open the Asker if servers are to be asked; at the end, count its answers in the result. Raises HubError."""
-        if not self.settings.asks_servers:
+        """Open the Asker if servers are to be asked; at the end, count its answers in the result. Raises HubError.
+
+        To the Hub, asking looks like activity. So `both` asks only right before a stop. A dry run checks the address.
+        """
+        if self.settings.idle_by is IdleBy.HUB:
             yield None
             return
         with Asker(hub, self.settings) as asker:
@@ -3866,7 +3881,7 @@ class Loop:
         """Scan, decide and show. Raises CullError."""
         kept: list[Event] = []
         findings = self._scan(context, result, self.log.kept if self.settings.json else kept.append)
-        caveats = plan_caveats(findings, self._identity, self.settings)
+        caveats = plan_caveats(findings, self._judge, self._identity, self.settings)
         if self.settings.json:
             for event in planned_events(findings):
                 self.json_lines.event(event)
@@ -3944,7 +3959,7 @@ class Loop:
 
         Where servers are asked, before each pass: without the scope `tokens` they would seem not to answer.
         """
-        if self._pass_has_worked and not self.settings.asks_servers:
+        if self._pass_has_worked and self.settings.idle_by is IdleBy.HUB:
             return
         try:
             self._identity = with_retries(hub.identity, self.told_to_stop)
@@ -4038,6 +4053,13 @@ def warnings_about(settings: Settings) -> Iterator[str]:
                 f"{name} {format_duration(timeout)} may stop servers in use: a Hub refreshes last_activity"
                 " every 5m by default (JupyterHub.last_activity_interval); set at least 5m30s"
             )
+    public = settings.servers_url or os.environ.get("JUPYTERHUB_PUBLIC_HUB_URL")
+    managed = "JUPYTERHUB_SERVICE_NAME" in os.environ and settings.url == os.environ.get("JUPYTERHUB_API_URL")
+    if settings.idle_by is not IdleBy.HUB and not public and (managed or ":8081/" in settings.url):
+        yield (
+            f"--idle-by asks servers through the proxy, but {settings.url} is probably the Hub's own port: set"
+            " --servers-url, on the Hub's machine usually to http://127.0.0.1:8000"
+        )
     if not settings.cull_users and not (settings.user_timeout is None and settings.user_max_age is None):
         yield "--user-timeout and --user-max-age do nothing without --cull-users"
     is_loop = settings.changes_something and not settings.once

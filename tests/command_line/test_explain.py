@@ -318,6 +318,35 @@ def test_an_explanation_needs_no_scope_to_delete(hub: RealHub, cull_real: Cull) 
     assert hub.running() == {"ann"}
 
 
+@pytest.mark.parametrize(
+    ("scopes", "args", "lacking"),
+    [
+        ([], [], "delete:servers"),
+        (["delete:servers"], ["--idle-by=both"], "tokens"),
+        (["delete:servers", "tokens"], ["--idle-by=both"], ""),
+    ],
+)
+def test_it_says_what_the_token_lacks_for_a_real_pass(
+    cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str], args: list[str], lacking: str
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    scripted.scopes = ["list:users", "read:users:activity", "read:servers", *scopes]
+    found = facts(cull_scripted("--explain=ann", "--timeout=1h", *args))
+    assert found["verdict"].startswith("would be stopped: ")
+    assert re.findall(r"the token lacks (.*):", found.get("but", "")) == [lacking] * bool(lacking)
+
+
+@pytest.mark.parametrize("looks", ["--dry-run", "--explain=ann"])
+def test_a_wrong_servers_url_is_found_although_no_server_is_asked(
+    cull_scripted: Cull, scripted: ScriptedHub, looks: str
+) -> None:
+    scripted.add("ann", idle=LONG_AGO)
+    result = cull_scripted(looks, "--timeout=1h", "--idle-by=both", f"--servers-url={scripted.url}/elsewhere")
+    assert (result.exit_code, result.out) == (3, "")
+    assert "--servers-url must be" in result.err
+    assert not [line for line in scripted.lines() if line.startswith("GET /user/")]
+
+
 # In a terminal
 
 LONG = "maximiliane-山田太郎と佐藤花子@students.example.edu"

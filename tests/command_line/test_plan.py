@@ -76,6 +76,8 @@ ann                         1h01m  2d
   user=ann timeout=never
 2 of 4 running servers would be stopped,
 1 of 5 users deleted.
+But rule 1, user=ann server=thesis keep,
+applies to nobody now.
 
 idle for at least
     10m  ███████████████ 4
@@ -100,6 +102,7 @@ user 山田太郎と佐藤花子     2h01m  500d   kept: idle 2h01m, limit 30d
 ann                         1h01m  2d     kept: idle 1h01m, no limit by rule 2:
                                           user=ann timeout=never
 2 of 4 running servers would be stopped, 1 of 5 users deleted.
+But rule 1, user=ann server=thesis keep, applies to nobody now.
 
 idle for at least
     10m  ████████████████████████████████████████ 4
@@ -122,6 +125,7 @@ user maximiliane@example.edu              3h01m  500d   kept: idle 3h01m, limit 
 user 山田太郎と佐藤花子                   2h01m  500d   kept: idle 2h01m, limit 30d
 ann                                       1h01m  2d     kept: idle 1h01m, no limit by rule 2: user=ann timeout=never
 2 of 4 running servers would be stopped, 1 of 5 users deleted.
+But rule 1, user=ann server=thesis keep, applies to nobody now.
 
 idle for at least
     10m  ████████████████████████████████████████ 4
@@ -322,6 +326,11 @@ def test_the_bars_count_the_running_servers_whatever_rules_say(cull_scripted: Cu
     ]
 
 
+def test_there_are_no_bars_if_nothing_is_idle(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    idle_for(scripted, 0, 60)
+    assert cull_scripted("--dry-run", "--timeout=1h").out == "0 of 2 running servers would be stopped.\n"
+
+
 @pytest.mark.parametrize(
     ("timeout", "row", "marked"),
     [
@@ -361,3 +370,27 @@ def test_the_smallest_count_still_has_a_bar() -> None:
 def test_no_bar_is_wider_than_the_terminal(counts: list[int], timeout: timedelta) -> None:
     steps = {timeout: counts[0], **{timedelta(hours=number): count for number, count in enumerate(counts)}}
     assert max(map(len, cull_idle.bars(steps, timeout, 40))) <= 40
+
+
+# What the rules apply to
+
+
+@pytest.mark.parametrize(
+    ("rules", "unused"),
+    [
+        (["user=ann keep"], []),
+        (["user=bob keep"], []),  # who is idle, but has no server
+        (["user=an keep"], [1]),
+        (["user=ann keep", "user=a* timeout=2h"], [2]),  # the first that matches applies
+        (["server=gpu timeout=2h", "user=x timeout=1d", "user=a* timeout=2h"], [1, 2]),
+    ],
+)
+def test_a_rule_that_applies_to_nobody_is_named(
+    cull_scripted: Cull, scripted: ScriptedHub, rules: list[str], unused: list[int]
+) -> None:
+    scripted.add("ann", idle=HOUR)
+    scripted.add_user("bob", idle=HOUR)
+    result = cull_scripted("--dry-run", "--cull-users", "--timeout=10m", *(f"--rule={rule}" for rule in rules))
+    assert re.findall(r"^But rule (\d), (.*), applies to nobody now\.$", result.out, re.MULTILINE) == [
+        (str(number), rules[number - 1]) for number in unused
+    ]

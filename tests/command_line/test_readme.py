@@ -279,7 +279,7 @@ def test_the_table_of_contents_lists_every_section() -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(README.splitlines()) <= 525
+    assert len(README.splitlines()) <= 528
     assert max(map(len, README.splitlines())) <= 250
 
 

@@ -650,11 +650,12 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
         ("timeot = 1", "FILE has a key 'timeot', which is not an option; did you mean timeout?"),
         ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section, but no option is in one."),
         ("[timeout]\nx = 1", "FILE: [timeout] is a section"),
+        ("c.IdleCuller.timeout = 3600", "a Python file of jupyterhub-idle-culler is not read"),
         ("timeout = ['1h']", "FILE: timeout must be one value, not a list."),
         ("timeout = '1x'", "timeout in FILE: '1x' is not a duration"),
         ("cull-users = 'maybe'", "cull-users in FILE: 'maybe' is not a valid boolean"),
         ("concurrency = 0", "concurrency in FILE: 0 is not in the range"),
-        ("rule = ['user=x']", "needs timeout="),
+        ("rule = ['user=x']", "set timeout="),
         ("timeout = ", "FILE is not TOML"),
         ("timeout = 1h", "(at line 1, column 12); durations and texts need quotes, such as timeout = "),
         ("once = true\nonce = true", "FILE is not TOML: Cannot overwrite a value (at end of document)."),
@@ -679,6 +680,30 @@ def test_a_timeout_below_the_activity_interval(cull: Cull, settings_of: Settings
         "WARNING  --timeout 5m may stop servers in use: a Hub refreshes last_activity every 5m by default"
         " (JupyterHub.last_activity_interval); set at least 5m30s"
     )
+
+
+OWN_PORT = "is probably the Hub's own port: set --servers-url, on the Hub's machine usually to http://127.0.0.1:8000"
+MANAGED = {"JUPYTERHUB_SERVICE_NAME": "culler", "JUPYTERHUB_API_URL": "http://10.0.0.7:15001/hub/api"}
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "warned_of"),
+    [
+        (["--idle-by=both"], {}, "http://127.0.0.1:8081/hub/api"),
+        (["--idle-by=kernels"], MANAGED, "http://10.0.0.7:15001/hub/api"),
+        (["--idle-by=both"], {"JUPYTERHUB_API_URL": "https://hub.example.org/hub/api"}, None),
+        (["--idle-by=both", "--servers-url=http://127.0.0.1:8000"], {}, None),
+        (["--idle-by=both"], {**MANAGED, "JUPYTERHUB_PUBLIC_HUB_URL": "https://hub.example.org/hub/"}, None),
+        (["--idle-by=both", "--url=https://hub.example.org/hub/api"], MANAGED, None),
+        ([], MANAGED, None),
+    ],
+)
+def test_a_port_that_does_not_lead_to_servers(
+    cull: Cull, settings_of: SettingsOf, args: list[str], env: dict[str, str], warned_of: str | None
+) -> None:
+    said = cull("--timeout=1h", *args, env=env).err
+    assert (f"--idle-by asks servers through the proxy, but {warned_of} {OWN_PORT}\n" in said) == bool(warned_of)
+    assert ("the Hub's own port" in said) == bool(warned_of)
 
 
 # What cannot be read
@@ -1090,7 +1115,7 @@ RULE_HELP = (
         (
             "user=ann",
             (
-                "'user=ann' sets nothing: it needs timeout=, max-age=, or keep, and quotes around the whole rule;"
+                "'user=ann' sets nothing: put quotes around the whole rule, and set timeout=, max-age=, or keep;"
                 f" {RULE_HELP}."
             ),
         ),
@@ -1117,6 +1142,15 @@ def test_a_rule_on_a_field_that_the_hub_does_not_show(cull_scripted: Cull, scrip
         "ERROR    a rule matches group=, but the Hub does not show it for ann: the token needs the scope"
         " read:users:groups, or the Hub is too old"
     )
+
+
+def test_a_scope_that_a_token_has_only_for_its_owner_is_missing(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """JupyterHub adds read:users:groups!user=NAME to each token."""
+    scopes = ["list:users", "read:servers", "delete:servers", "read:users:groups!user=boss"]
+    scripted.fault("GET", "/user", respond_json(200, {"kind": "user", "name": "boss", "scopes": scopes}))
+    result = cull_scripted("--rule=group=gpu keep")
+    assert result.exit_code == 3
+    assert "the token of user boss lacks read:users:groups; make a new token that may do this or, if boss" in result.err
 
 
 BLOWN = (
@@ -1327,7 +1361,7 @@ def test_a_stdout_that_is_full(scripted: ScriptedHub) -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("", "'' is not a program that can be run"),
+        ("", "'' is not a program that can be run: it must be executable, and on the $PATH or"),
         ("'unclosed", "No closing quotation"),
         ("no-such-command here", "'no-such-command' is not a program that can be run"),
         ("/", "'/' is not a program that can be run"),
