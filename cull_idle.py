@@ -4167,6 +4167,7 @@ def main(args: list[str] | None = None) -> int:
 def run_command_line(args: list[str] | None) -> int:
     """Run the command line, and turn each failure into a sentence; returns the exit code."""
     gc.set_threshold(10_000)  # pages make many objects and hardly any cycles
+    atexit.register(gc.freeze)  # skips the search for cycles at the end: 0.05 s
     program = PROGRAM if args is not None else os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = sys.stdout or open_null(), sys.stderr or open_null()  # None if the caller has closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
