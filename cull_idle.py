@@ -776,7 +776,7 @@ class Policies:
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
         self._default = default
-        self.applied: set[str] = set()  # texts of the rules that did
+        self.applied: set[str] = set()  # texts of the rules that have applied to something
         # A Match for each field but the user's name. Any will do: all that match a field read the same values.
         self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy, str]]] = {}
@@ -2207,7 +2207,7 @@ MOST_FAILURES = 10  # in a row, or two for each thread if that is more: then the
 class Outcome(enum.StrEnum):
     """The result for a server or user."""
 
-    KEPT = "kept"  # not due; only reported with -v
+    KEPT = "kept"  # only logged with -v
     PLANNED = "planned"  # by a dry run
     WARNED = "warned"  # kept, but due soon
     DUE = "due"  # still due, and nothing has been done about it yet; never reported
