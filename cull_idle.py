@@ -771,12 +771,13 @@ class Policies:
 
     Most servers differ only in their user's name. So for each combination of values of the other fields, the rules
     that match are remembered; for each server, only their globs for the user's name are tried.
+    It also remembers which rules have applied.
     """
 
     def __init__(self, rules: Sequence[tuple[Rule, Policy]], default: Policy) -> None:
         self._rules = rules
         self._default = default
-        self.applied: set[str] = set()  # texts of the rules that have applied to something
+        self.applied: set[str] = set()  # texts of rules
         # A Match for each field but the user's name. Any will do: all that match a field read the same values.
         self._fields = {match.name: match for rule, _ in rules for match in rule.matches if match.name != "user"}
         self._remembered: dict[tuple[tuple[str, ...], ...], list[tuple[list[re.Pattern[str]], Policy, str]]] = {}
@@ -1470,12 +1471,11 @@ class Identity(NamedTuple):
 
     kind: str  # "service" or "user"
     name: str
-    scopes: frozenset[str]  # expanded, with their filters: `delete:servers!group=students`
+    scopes: frozenset[str]  # expanded, with their filters: `delete:servers!group=students`; not those for itself alone
 
     def may(self, scope: str) -> bool:
-        """True if the token has the scope, perhaps for some users only, but not just for its owner."""
-        own = f"{scope}!{self.kind}={self.name}"
-        return any(each.partition("!")[0] == scope and each != own for each in self.scopes)
+        """True if the token has the scope, perhaps for some users only."""
+        return any(each.partition("!")[0] == scope for each in self.scopes)
 
     def filtered(self, *scopes: str) -> list[str]:
         """Those of these scopes that the token has for some users only, with their filters."""
@@ -1748,8 +1748,9 @@ class Hub:
         with contextlib.suppress(ValueError, RecursionError):
             model = answer.json()
             if isinstance(model, dict) and isinstance(scopes := model.get("scopes"), list):
-                kind, name = (one_line(str(model.get(key)), 100) for key in ("kind", "name"))
-                return Identity(kind, name, frozenset(map(str, scopes)))
+                kind, name = str(model.get("kind")), str(model.get("name"))
+                for_others = frozenset(each for each in map(str, scopes) if not each.endswith(f"!{kind}={name}"))
+                return Identity(one_line(kind, 100), one_line(name, 100), for_others)
         return None
 
     def _path(self, path: str, *names: str) -> str:
@@ -2207,7 +2208,7 @@ MOST_FAILURES = 10  # in a row, or two for each thread if that is more: then the
 class Outcome(enum.StrEnum):
     """The result for a server or user."""
 
-    KEPT = "kept"  # only logged with -v
+    KEPT = "kept"  # nothing is done to it; only shown with -v
     PLANNED = "planned"  # by a dry run
     WARNED = "warned"  # kept, but due soon
     DUE = "due"  # still due, and nothing has been done about it yet; never reported
@@ -3174,7 +3175,7 @@ def planned_events(findings: Findings) -> Iterator[Event]:
 
 
 def plan_caveats(findings: Findings, judge: Judge, identity: Identity | None, settings: Settings) -> Iterator[str]:
-    """What is probably not as it should be, above all why a real pass would do less than planned."""
+    """Why a real pass would do less than planned, and which rules apply to nobody."""
     try:
         findings.check_fuse(settings.max_culls)
     except FuseBlownError as error:
@@ -3910,7 +3911,7 @@ class Loop:
                 self._warned[key] = event.due_at
                 yield event
             else:
-                self.log.say("debug", f"kept {event.target.full_name}: {event.verdict.reason}")
+                self.log.kept(event._replace(outcome=Outcome.KEPT, reason=event.verdict.reason))
 
     @contextlib.contextmanager
     def _notices(self) -> Iterator[Notices | None]:
@@ -4053,9 +4054,9 @@ def warnings_about(settings: Settings) -> Iterator[str]:
                 f"{name} {format_duration(timeout)} may stop servers in use: a Hub refreshes last_activity"
                 " every 5m by default (JupyterHub.last_activity_interval); set at least 5m30s"
             )
-    public = settings.servers_url or os.environ.get("JUPYTERHUB_PUBLIC_HUB_URL")
+    at_the_api = settings.servers_root == settings.url.removesuffix("/hub/api")
     managed = "JUPYTERHUB_SERVICE_NAME" in os.environ and settings.url == os.environ.get("JUPYTERHUB_API_URL")
-    if settings.idle_by is not IdleBy.HUB and not public and (managed or ":8081/" in settings.url):
+    if settings.idle_by is not IdleBy.HUB and at_the_api and (managed or ":8081/" in settings.url):
         yield (
             f"--idle-by asks servers through the proxy, but {settings.url} is probably the Hub's own port: set"
             " --servers-url, on the Hub's machine usually to http://127.0.0.1:8000"

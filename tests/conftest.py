@@ -248,8 +248,17 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 # pytest-xdist would begin with the files of most tests. With one of these, which have few tests but take long, a worker
 # would be left alone at the end.
 LONG_FILES = (
-    *("deployment", "real_hub", "drop_in", "servers_asked", "token_file", "signals", "loop", "progress"),
-    *("model_based", "race", "behind_a_proxy"),
+    "deployment",
+    "real_hub",
+    "drop_in",
+    "servers_asked",
+    "token_file",
+    "signals",
+    "loop",
+    "progress",
+    "model_based",
+    "race",
+    "behind_a_proxy",
 )
 
 

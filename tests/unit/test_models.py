@@ -219,7 +219,7 @@ def test_any_json_object_with_a_name_is_read(user: dict[str, Any], servers: dict
 
 
 @pytest.fixture
-def collections() -> Iterator[list[str]]:
+def collector_reports() -> Iterator[list[str]]:
     """What the garbage collector, which has much to do now, reports."""
     reports: list[str] = []
 
@@ -234,16 +234,16 @@ def collections() -> Iterator[list[str]]:
     gc.callbacks.remove(report)
 
 
-def test_no_finalizer_runs_deep_in_nested_json(collections: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_finalizer_runs_deep_in_nested_json(collector_reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail for lack of stack, and Python would print a traceback."""
     loads, during = json.loads, []
 
     def counting(body: bytes) -> object:
-        before = len(collections)
+        before = len(collector_reports)
         try:
             return loads(body)
         finally:
-            during.append(len(collections) - before)
+            during.append(len(collector_reports) - before)
 
     monkeypatch.setattr(json, "loads", counting)
     with pytest.raises(RecursionError):
