@@ -315,12 +315,12 @@ class RealHub:
         restart, in half of the time.
         """
         servers = list(servers)
-        names = sorted({name for name, _, _ in servers})
-        self.api("POST", "/users", json={"usernames": names}, allow=[400, 409])  # all are there: 400 before 0.9
-
         if wait and self._finds_doubles and not any("start_seconds" in options for *_, options in servers):
             self._backdoor("run", servers=servers)
             return
+
+        names = sorted({name for name, _, _ in servers})
+        self.api("POST", "/users", json={"usernames": names}, allow=[400, 409])  # all are there: 400 before 0.9
 
         def start(server: tuple[str, str, Mapping[str, object]]) -> None:
             self.api("POST", server_path(*server[:2]), json=server[2])

@@ -216,6 +216,10 @@ class BackdoorHandler(APIHandler):
         self.db.commit()
         self.write(json.dumps(answer))
 
+    def orm_users(self, names):
+        """Those in the database by their names; one query finds many."""
+        return {user.name: user for user in self.db.query(orm.User).filter(orm.User.name.in_(set(names)))}
+
     def post_user(self, name, last_activity=None, created=None):
         """Each time is given in seconds before now."""
         user = self.find_user(name).orm_user
@@ -256,10 +260,11 @@ class BackdoorHandler(APIHandler):
     def post_run(self, servers):
         """Servers that run, as the Hub finds them when it starts anew; Hub 6 and later. Makes many at once.
 
-        They are (name of their user, name, user_options).
+        They are (name of their user, name, user_options). Users who are not known are made, too.
         """
+        users = self.orm_users(name for name, _, _ in servers)
         for name, server, options in servers:
-            user = self.find_user(name).orm_user
+            user = users[name] = users.get(name) or orm.User(name=name)
             spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, user=user)
             self.db.add(spawner)
             spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
@@ -267,9 +272,9 @@ class BackdoorHandler(APIHandler):
             spawner.state = {"options": spawner.user_options}
             put_into_past(spawner, {"started": 0, "last_activity": 0})
             put_into_past(user, {"last_activity": 0})
-        self.db.commit()
+        self.db.flush()
         for name, server, _ in servers:
-            spawner = self.find_user(name).spawners[server]  # made by the Hub, from the database
+            spawner = self.users[users[name]].spawners[server]  # made by the Hub, from the database
             spawner.load_state(spawner.orm_spawner.state)  # if it was made before
             spawner.put_into_past()
 
@@ -281,13 +286,13 @@ class BackdoorHandler(APIHandler):
         """
         refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
         users = [user for user in users if user[0] not in refused]
+        known = self.orm_users(name for name, _, _ in users)
         for name, idle_seconds, servers in users:
-            user = orm.User.find(self.db, name) or orm.User(name=name)
+            user = known.get(name) or orm.User(name=name)
             self.db.add(user)
             put_into_past(user, {"last_activity": idle_seconds})
             if servers and "" not in servers:  # or the Hub would add it, one user at a time
                 self.db.add(orm.Spawner(name="", user=user))
-        self.db.commit()
         self.post_run(
             [
                 (name, server, dict(options, user_idle_seconds=idle_seconds))
