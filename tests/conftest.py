@@ -31,7 +31,7 @@ make_command = functools.cache(cull_idle.make_command)  # else made anew for eac
 
 
 @pytest.fixture
-def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cull:
+def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Cull:
     """Run `cull_idle.py ARGS` with a token and nothing else of ours in the environment; no run may print the token."""
 
     def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
@@ -44,7 +44,8 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             monkeypatch.setenv("JUPYTERHUB_API_TOKEN", token)
         monkeypatch.setattr(cull_idle, "make_command", make_command)
         capsys.readouterr()
-        exit_code = cull_idle.main(list(args))
+        with traced_by(request.config.stash[TRACE]):
+            exit_code = cull_idle.main(list(args))
         result = Result(exit_code, *capsys.readouterr())
         assert "Traceback" not in result.out + result.err
         assert not token or not token.strip() or token not in result.out + result.err
@@ -187,7 +188,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
-# Coverage on Python 3.11 slows down all code, not only what it measures. So only tests themselves run with it.
+# Coverage on Python 3.11 slows down all code, not only what it measures. So only the program runs with it, and tests
+# that call parts of it.
 
 TRACE = pytest.StashKey[Any]()  # the trace function of coverage; None without it
 
@@ -240,8 +242,8 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    with traced_by(item.config.stash[TRACE]):
+def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
+    with traced_by(None if "cull" in item.fixturenames else item.config.stash[TRACE]):
         return (yield)
 
 
