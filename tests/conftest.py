@@ -218,8 +218,7 @@ def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("cov_context", None):  # by which mutants.py learns all that each test runs
-        for owner, name in ((requests.Session, "prepare_request"), (requests.adapters.HTTPAdapter, "send")):
-            setattr(owner, name, not_traced(getattr(owner, name)))
+        requests.adapters.HTTPAdapter.send = not_traced(requests.adapters.HTTPAdapter.send)  # type: ignore[method-assign]
     # A shell that starts the tests in the background lets them, and the programs that they start, ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
