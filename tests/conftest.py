@@ -206,7 +206,7 @@ def traced_by(trace: Any) -> Iterator[None]:
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but without coverage. Ours that it calls is measured where the program is a process of its own."""
+    """The same, but without coverage. What it calls of the program is measured in tests that start a process."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -311,8 +311,8 @@ class RealHub:
     def spawn_many(self, servers: Iterable[tuple[str, str, Mapping[str, object]]], *, wait: bool = True) -> None:
         """Start servers, given as (user, server, user_options), all at the same time.
 
-        Doubles that are ready at once are not started by a Hub since 6.0: it finds them running, as after its own
-        restart, in half of the time.
+        Doubles that are ready at once are not started by a Hub since 6.0: it finds them and their users in its
+        database, as after its own restart, in half of the time.
         """
         servers = list(servers)
         if wait and self._finds_doubles and not any("start_seconds" in options for *_, options in servers):

@@ -217,8 +217,14 @@ class BackdoorHandler(APIHandler):
         self.write(json.dumps(answer))
 
     def orm_users(self, names):
-        """Those in the database by their names; one query finds many."""
-        return {user.name: user for user in self.db.query(orm.User).filter(orm.User.name.in_(set(names)))}
+        """Users by their names, found with one query. Who is not in the database yet is added, in this order."""
+        names = list(names)
+        users = {user.name: user for user in self.db.query(orm.User).filter(orm.User.name.in_(names))}
+        for name in names:
+            if name not in users:
+                users[name] = orm.User(name=name)
+                self.db.add(users[name])
+        return users
 
     def post_user(self, name, last_activity=None, created=None):
         """Each time is given in seconds before now."""
@@ -260,11 +266,11 @@ class BackdoorHandler(APIHandler):
     def post_run(self, servers):
         """Servers that run, as the Hub finds them when it starts anew; Hub 6 and later. Makes many at once.
 
-        They are (name of their user, name, user_options). Users who are not known are made, too.
+        They are (name of their user, name, user_options). Users who do not exist yet are made, too.
         """
         users = self.orm_users(name for name, _, _ in servers)
         for name, server, options in servers:
-            user = users[name] = users.get(name) or orm.User(name=name)
+            user = users[name]
             spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, user=user)
             self.db.add(spawner)
             spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
@@ -286,10 +292,9 @@ class BackdoorHandler(APIHandler):
         """
         refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
         users = [user for user in users if user[0] not in refused]
-        known = self.orm_users(name for name, _, _ in users)
+        orm_users = self.orm_users(name for name, _, _ in users)
         for name, idle_seconds, servers in users:
-            user = known.get(name) or orm.User(name=name)
-            self.db.add(user)
+            user = orm_users[name]
             put_into_past(user, {"last_activity": idle_seconds})
             if servers and "" not in servers:  # or the Hub would add it, one user at a time
                 self.db.add(orm.Spawner(name="", user=user))
