@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from runs import Result
+from scripted_hub import ScriptedHub
+
 PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 RUN = (sys.executable, "-m", "cull_idle")  # compiled only once, as it is where it is installed
 LOOP = ("--timeout=1h", "--cull-every=1s")
@@ -60,3 +63,34 @@ def catches(status: str, number: signal.Signals) -> bool:
 
 Start = Callable[..., Running]
 """Starts the program with a Hub and arguments."""
+
+
+# Runs the program; at its end, notes its peak memory. That of wait4 also counts the process that it comes from.
+NOTE_PEAK = """
+import atexit, pathlib, runpy, sys
+
+def note():
+    status = pathlib.Path("/proc/self/status").read_text()
+    pathlib.Path(file).write_text(status.partition("VmHWM:")[2].split()[0])
+
+_, file, *sys.argv = sys.argv
+atexit.register(note)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_measured(hub: ScriptedHub, folder: Path, *args: str) -> tuple[Result, int]:
+    """Run `cull_idle.py --once --url HUB ARGS` as a process; returns its peak memory in bytes, too."""
+    ours = ("CULL_IDLE", "JUPYTERHUB", "COV")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-c", NOTE_PEAK, str(folder / "peak"), str(PROGRAM), "--once", "--url", hub.url, *args]
+    done = subprocess.run(
+        command,
+        env={**environment, "JUPYTERHUB_API_TOKEN": hub.token},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Result(done.returncode, done.stdout, done.stderr), int((folder / "peak").read_text()) * 1024
