@@ -29,6 +29,8 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an optional 
 
 make_command = functools.cache(cull_idle.make_command)  # else made anew for each run, which takes a tenth of it
 
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")  # a machine may have set them for all
+
 
 @pytest.fixture
 def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Cull:
@@ -36,7 +38,7 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], re
 
     def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
         for name in os.environ:
-            if name.startswith(("CULL_IDLE_", "JUPYTERHUB_")):
+            if name.startswith(("CULL_IDLE_", "JUPYTERHUB_")) or name in CA_VARIABLES:
                 monkeypatch.delenv(name)
         for name, value in (env or {}).items():
             monkeypatch.setenv(name, value)
@@ -60,27 +62,21 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
     In the last pause comes a SIGTERM. No request is tried twice.
     """
-    wait = threading.Event.wait
 
     def run(hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
         steps: Iterator[Callable[[], object]] = iter([*between, functools.partial(signal.raise_signal, signal.SIGTERM)])
         pauses: list[float] = []
         said: list[tuple[str, str]] = []
 
-        def next_step(event: threading.Event, timeout: float | None = None) -> bool:
-            of_program = sys._getframe(1).f_globals["__name__"] == cull_idle.__name__
-            if not of_program or threading.current_thread() is not threading.main_thread():
-                return wait(event, timeout)
-            assert timeout is not None
-            pauses.append(timeout)
+        def next_step(_stop: threading.Event, seconds: float) -> None:
+            pauses.append(seconds)
             said.append(capsys.readouterr())
             next(steps)()
-            return event.is_set()
 
         token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
         handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Event, "wait", next_step)
+            patch.setattr(cull_idle, "wait_in_slices", next_step)
             patch.setattr(cull_idle, "PAUSES", ())
             end = cull("--url", hub.url, *args, token=token)
         signal.signal(signal.SIGTERM, handler)
@@ -98,9 +94,6 @@ def tell_to_stop() -> Iterator[Callable[[], None]]:
         main_thread = threading.main_thread().ident
         assert main_thread
         signal.pthread_kill(main_thread, signal.SIGTERM)
-        time.sleep(0.05)
-        if callable(signal.getsignal(signal.SIGALRM)):  # as the program's timer does, should it have missed the signal
-            signal.pthread_kill(main_thread, signal.SIGALRM)
         time.sleep(0.05)
 
     yield tell

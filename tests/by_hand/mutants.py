@@ -1,7 +1,7 @@
 """Change cull_idle.py in one place at a time and see whether a test fails. A change that no test notices survives.
 
     nice python tests/by_hand/mutants.py --section rules --section arbiter
-    nice python tests/by_hand/mutants.py --function judge_server --lines 100-150
+    nice python tests/by_hand/mutants.py --function judge --lines 100-150
     nice python tests/by_hand/mutants.py --sample 300 --seed 7
 
 First it runs all tests once, to learn which test runs which lines and how long it takes; the result is kept in the

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
+import json
 import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -44,6 +47,8 @@ sys.path.insert(0, str(ROOT))
 import cull_idle  # noqa: E402
 
 TOKEN = "scripted-token"
+OPTIONS = ["--timeout=1h", "--cull-users", "--api-page-size=20", "--request-timeout=0.2s", "--json"]
+OPTIONS.append("--log-level=critical")  # which nothing is logged at
 USERS = 60
 ALLOWED_MIB = 2.0
 FAULTS: list[Reply] = [
@@ -111,35 +116,46 @@ def sample() -> Sample:
     return Sample(int(rss[1]) / 1024, len(list(Path("/proc/self/fd").iterdir())), threading.active_count())
 
 
-def settings_for(url: str) -> cull_idle.Settings:
-    """What the command line would make of it."""
-    arguments = ["--timeout=1h", "--cull-users", "--api-page-size=20", "--request-timeout=0.2s", f"--url={url}"]
-    arguments.append("--log-level=critical")  # which nothing is logged at
-    with cull_idle.make_command().make_context("soak", arguments) as context:
-        return cull_idle.Settings(**{name: value for name, value in context.params.items() if name != "version"})
-
-
 def soak(passes: int, seed: int) -> list[Sample]:
     """Make the passes of one loop and print a row of the table every tenth of them; returns a sample of each."""
     here, there = multiprocessing.Pipe()
     hub = multiprocessing.get_context("spawn").Process(target=serve, args=(there, seed), daemon=True)
     hub.start()
     there.close()
-    culler = cull_idle.Loop(settings_for(here.recv()), threading.Event())
+    url = here.recv()
+    here.send(None)
+    here.recv()
     samples: list[Sample] = []
     failures = culled = 0
+    table, output = sys.stdout, io.BytesIO()
     row = "{:>8}  {:>8}  {:>5}  {:>7}  {:>8}  {:>7}".format
     print(row("passes", "RSS MiB", "files", "threads", "failures", "culled"))
-    for number in range(1, passes + 1):
-        here.send(None)
-        here.recv()
-        result = culler.make_pass()
-        failures += bool(result.exit_code)
-        culled += result.outcomes[cull_idle.Outcome.CULLED] + result.deleted
+
+    def between(stop: threading.Event, seconds: float) -> None:
+        """In place of the pause after a pass; after the last one comes a SIGTERM."""
+        nonlocal failures, culled
+        sys.stdout.flush()
+        done = json.loads(output.getvalue().splitlines()[-1])
+        output.seek(0)
+        output.truncate()
+        failures += bool(done["error"] or done["failed"] or done["left_undone"])
+        culled += done["culled"] + done["deleted"]
         samples.append(sample())
+        number, now = len(samples), samples[-1]
         if number in (1, passes) or number % max(passes // 10, 1) == 0:
-            now = samples[-1]
-            print(row(number, f"{now.rss:.1f}", now.files, now.threads, failures, culled), flush=True)
+            cells = (number, f"{now.rss:.1f}", now.files, now.threads, failures, culled)
+            print(row(*cells), file=table, flush=True)
+        if number == passes:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            here.send(None)
+            here.recv()
+
+    cull_idle.wait_in_slices = between
+    sys.stdout = io.TextIOWrapper(output)
+    exit_code = cull_idle.main([f"--url={url}", *OPTIONS])
+    sys.stdout = table
+    assert exit_code == 0
     here.close()
     hub.join(15)
     return samples

@@ -12,7 +12,7 @@ from scripted_hub import LONG_AGO, ScriptedHub
 from settings import SettingsOf
 
 import cull_idle
-from cull_idle import NEVER, IdleBy, Settings
+from cull_idle import NEVER, Settings
 
 MINUTE = timedelta(minutes=1)
 
@@ -31,7 +31,7 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         user_max_age=None,
         rule=(),
         arbiter=None,
-        idle_by=IdleBy.HUB,
+        idle_by="hub",
         max_culls=None,
         once=False,
         cull_every=None,
@@ -64,17 +64,19 @@ def test_the_defaults_are_those_of_the_reference(settings_of: SettingsOf) -> Non
         (["--timeout", "0"], "timeout", timedelta(0)),
         (["--timeout=3600"], "timeout", 60 * MINUTE),
         (["--max_age=1d"], "max_age", timedelta(days=1)),
-        (["--cull-users"], "cull_users", True),
-        (["--cull_users"], "cull_users", True),
-        (["--cull-users=true"], "cull_users", True),
-        (["--cull-users", "--once"], "cull_users", True),
-        (["--cull-users=True"], "cull_users", True),
-        (["--cull-users=1"], "cull_users", True),
+        (["--cull-users", "--timeout=1h"], "cull_users", True),
+        (["--cull_users", "--user-timeout=1h"], "cull_users", True),
+        (["--cull-users=true", "--user-timeout=1h"], "cull_users", True),
+        (["--cull-users", "--once", "--user-timeout=1h"], "cull_users", True),
+        (["--cull-users=True", "--user-timeout=1h"], "cull_users", True),
+        (["--cull-users=1", "--user-timeout=1h"], "cull_users", True),
         (["--cull-users=false"], "cull_users", False),
         (["--cull_users=no"], "cull_users", False),
         (["--remove-named-servers"], "remove_named_servers", True),
         (["--cull-admin-users=false"], "cull_admin_users", False),
         (["--cull_every=90s"], "interval", 1.5 * MINUTE),
+        (["--cull-every=0"], "interval", 5 * MINUTE),
+        (["--cull-every=0.5"], "interval", MINUTE / 60),
         (["--timeout=1h"], "interval", 30 * MINUTE),
         (["--timeout=never", "--max-age=1h"], "interval", 30 * MINUTE),
         (["--timeout=never"], "interval", 5 * MINUTE),
@@ -106,23 +108,11 @@ def test_an_option_sets_its_value(settings_of: SettingsOf, args: list[str], name
     assert getattr(settings_of(*args), name) == value
 
 
-@pytest.mark.parametrize(
-    "arg", ["--concurrency=0", "--concurrency=1001", "--request-timeout=0", "--request-timeout=25h"]
-)
+@pytest.mark.parametrize("arg", ["--concurrency=0", "--concurrency=1001", "--warn-before=36526d"])
 def test_a_number_outside_its_bounds_is_refused(cull: Cull, arg: str) -> None:
     result = cull(arg)
     assert result.exit_code == 2
     assert arg.partition("=")[0] in result.err
-
-
-@pytest.mark.parametrize("option", ["--cull-every", "--warn-before"])
-def test_a_duration_may_be_a_year_but_no_longer(cull: Cull, settings_of: Any, option: str) -> None:
-    name = option.removeprefix("--").replace("-", "_")
-    assert getattr(settings_of("--timeout=never", f"{option}=365d"), name) == timedelta(days=365)
-    result = cull("--timeout=never", f"{option}=365d1s")
-    assert result.exit_code == 2
-    assert option in result.err
-    assert "365d" in result.err
 
 
 def test_a_metrics_file_may_be_a_name_in_the_current_directory(
@@ -130,13 +120,6 @@ def test_a_metrics_file_may_be_a_name_in_the_current_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert settings_of("--metrics-file=cull.prom").metrics_file == "cull.prom"
-
-
-def test_a_directory_is_no_metrics_file(cull: Cull, tmp_path: Path) -> None:
-    result = cull(f"--metrics-file={tmp_path}")
-    assert result.exit_code == 2
-    assert "--metrics-file" in result.err
-    assert str(tmp_path) in result.err
 
 
 @pytest.mark.parametrize("value", ["0", "0s", "0h0m", "never"])
@@ -204,7 +187,7 @@ def test_so_is_a_timeout_of_a_rule(cull: Cull, settings_of: SettingsOf) -> None:
 def test_limits_of_users_who_are_never_deleted_are_a_warning(cull: Cull, settings_of: SettingsOf, limit: str) -> None:
     (line,) = cull(limit).warnings
     assert limit.partition("=")[0] in line
-    assert cull(limit, "--cull-users").warnings == []
+    assert cull(limit, "--cull-users", "--timeout=1h") == (0, "", "")
 
 
 @pytest.mark.parametrize(("flags", "warned"), [([], True), (["--once"], False), (["--dry-run"], False)])
@@ -230,7 +213,7 @@ def test_the_help_is_grouped_and_fits_80_columns(cull: Cull, flag: str) -> None:
     assert "--cull-users[=BOOL]" in result.out
 
 
-@pytest.mark.parametrize("columns", [40, 50, 60, 80, 200])
+@pytest.mark.parametrize("columns", [50, 60, 80, 200])
 def test_the_help_fits_the_terminal_and_breaks_no_word(
     cull: Cull, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:

@@ -1,17 +1,13 @@
 """The config file: its place among the sources of a value, and its errors."""
 
-import re
-import tomllib
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-import click
 import pytest
 from runs import Cull
 from scripted_hub import ScriptedHub
 from settings import SettingsOf
 
-import cull_idle
 from cull_idle import Settings
 
 
@@ -23,7 +19,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_config_file_comes_after_the_environment_and_before_the_default(
     settings_of: SettingsOf, config: Path
 ) -> None:
-    config.write_text('timeout = "1h"\nmax_age = 7200\ncull-every = 90\ncull_users = true\nconcurrency = 3\n')
+    config.write_text('\ufefftimeout = " 1h\t"\nmax_age = 7200\ncull-every = 90\ncull_users = true\nconcurrency = 3\n')
     args = f"--config={config}"
     settings = settings_of(args)
     assert settings.timeout.total_seconds() == 3600
@@ -59,7 +55,7 @@ def test_one_rule_needs_no_list(settings_of: SettingsOf, config: Path) -> None:
     ("text", "words"),
     [
         ("timeot = 1", ["'timeot'", "timeout"]),
-        ("cull_user = true", ["'cull_user'", "cull-users"]),
+        ("cull_user = true", ["'cull-user'", "cull-users"]),
         ("config = 'x'", ["'config'"]),
         ("[timeout]\nx = 1", ["timeout"]),
         ("timeout = [1, 2]", ["timeout"]),
@@ -69,7 +65,7 @@ def test_one_rule_needs_no_list(settings_of: SettingsOf, config: Path) -> None:
         ("rule = ['user=x']", ["rule", "user=x"]),
         ("timeout = ", ["TOML"]),
         ("timeout = 1h", ["quotes", '"1h"']),
-        ("c.IdleCuller.timeout = foo()", ["TOML"]),
+        ("c.IdleCuller.timeout = foo()", ["jupyterhub-idle-culler", "--arbiter"]),
         (None, ["No such file or directory"]),
         (b"\xff\xfe", ["TOML"]),
     ],
@@ -139,38 +135,6 @@ def test_a_flag_in_a_config_file_is_a_boolean(
     assert (result.err == "") == (value in ("true", "1"))
 
 
-def test_the_generated_file_without_its_comment_signs_sets_the_defaults(
-    cull: Cull, settings_of: SettingsOf, config: Path
-) -> None:
-    result = cull("--generate-config")
-    assert (result.exit_code, result.err) == (0, "")
-    assert tomllib.loads(result.out) == {}
-    config.write_text(re.sub(r"^# (?=[\w-]+ = )", "", result.out, flags=re.MULTILINE))
-    values = tomllib.loads(config.read_text())
-    assert len(values) >= 18
-    assert (values["timeout"], values["rule"], values["cull-users"], values["once"]) == ("10m", [], False, False)
-    assert replace(settings_of(f"--config={config}"), config=None) == settings_of()
-
-
-def test_a_file_is_generated_whatever_the_other_options_and_nothing_else_is_done(cull: Cull) -> None:
-    result = cull("--timeout=wrong", "--generate-config", env={"CULL_IDLE_MAX_AGE": "wrong"})
-    assert (result.exit_code, result.err) == (0, "")
-    assert result.out == cull("--generate-config").out
-
-
-def test_the_generated_file_has_every_option_with_its_help(cull: Cull, settings_of: SettingsOf) -> None:
-    out = cull("--generate-config").out
-    named = set(re.findall(r"^##? ([\w-]+) = ", out, re.MULTILINE))
-    assert named == {name.replace("_", "-") for name in vars(settings_of()) if name != "config"}
-    text = out.replace("\n## ", " ")
-    options = [param for param in cull_idle.make_command().params if param.name in vars(settings_of())]
-    assert len(options) == len(named) + 1
-    for option in options:
-        assert isinstance(option, click.Option)
-        assert (option.help or "").split("  [")[0] in text or option.name == "config"
-    assert max(map(len, out.splitlines())) <= 120
-
-
 def test_a_text_in_a_config_file_stays_as_it_is_written(settings_of: SettingsOf, config: Path) -> None:
     config.write_text('token-file = "/Etc/Token"\nurl = "http://Hub.Example:8081/Jhub/hub/api/"\n')
     settings = settings_of(f"--config={config}")
@@ -186,7 +150,7 @@ SSL_VARIABLES = {
 
 
 def test_the_client_certificate_comes_from_the_hub_if_it_names_all_of_it(settings_of: SettingsOf) -> None:
-    assert settings_of().client_certificate is None
+    assert not settings_of().client_certificate
     own = settings_of("--ssl-enabled", "--internal-certs-location=/x").client_certificate
     assert own == ("/x/hub-internal/hub-internal.key", "/x/hub-internal/hub-internal.crt", "/x/hub-ca/hub-ca.crt")
 
@@ -199,7 +163,7 @@ def test_a_part_of_the_hubs_client_certificate_is_none(
     for name, value in SSL_VARIABLES.items():
         if name != without:
             monkeypatch.setenv(name, value)
-    assert settings.client_certificate == (None if without else ("/ssl/own.key", "/ssl/own.crt", "/ssl/ca.crt"))
+    assert list(settings.client_certificate) == ([] if without else ["/ssl/own.key", "/ssl/own.crt", "/ssl/ca.crt"])
 
 
 @pytest.mark.parametrize(

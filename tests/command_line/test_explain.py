@@ -10,7 +10,6 @@ import pytest
 from hub import RealHub
 from runs import Cull, Result
 from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub
-from terminal import in_terminal
 
 DAY = 24 * HOUR
 
@@ -63,23 +62,22 @@ def school(hub: RealHub) -> RealHub:
 def verdicts(explained: Result) -> list[str]:
     """Why a server, or a user, would be what."""
     found = [line.removeprefix("verdict").strip() for line in explained.out.splitlines() if line.startswith("verdict")]
-    return [re.sub(r"^would be | once no server is left(?=:)", "", verdict) for verdict in found]
+    return [verdict.removeprefix("would be ") for verdict in found]
 
 
 def test_the_verdict_is_that_of_a_dry_run(school: RealHub, cull_real: Cull) -> None:
     token = school.user_culler_token
-    *lines, _ = cull_real("--dry-run", "-v", *OPTIONS, token=token).table
-    planned = {re.split("  +", line)[0]: re.split("  +", line, maxsplit=3)[3] for line in lines[1:]}
+    rows = [re.split("  +", line, maxsplit=3) for line in cull_real("--dry-run", "-v", *OPTIONS, token=token).table[1:]]
+    planned = {row[0]: row[3] for row in rows if len(row) == 4}
     explained: dict[str, str] = {}
     for name in ("ann", "ann/gpu", "bob", "cat", "eve", "fay", "gus", "hal", "svc-db"):
         verdict, *of_user = verdicts(cull_real("--explain", name, *OPTIONS, token=token))
         explained |= {name: verdict} | {f"user {name}": each for each in of_user}
+    # In the plan, a user is called so only if no server is there.
     without_server = {explained.pop("gus"), explained.pop("hal")}
-    # A user one of whose servers stays is not in the plan at all.
-    staying = {name: explained.pop(f"user {name}") for name in ("ann", "cat", "eve", "svc-db")}
-    assert len(without_server) == 1
-    assert all(verdict.startswith("kept: ") for verdict in staying.values())
-    assert "cat" in staying["cat"]
+    with_server = [explained.pop(f"user {name}") for name in ("ann", "bob", "cat", "eve", "fay", "svc-db")]
+    assert without_server == {"nothing to stop"}
+    assert all(verdict.startswith("kept: ") for verdict in with_server)
     assert explained.pop("eve") == planned.pop("eve")
     assert {name: untimed(text) for name, text in explained.items()} == {n: untimed(t) for n, t in planned.items()}
     assert {text.split(":")[0] for text in explained.values()} == {"stopped", "deleted", "kept"}
@@ -99,8 +97,10 @@ OUT_OF_RANGE = ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59"]  # in 
 def test_a_time_that_utc_cannot_express_is_shown_as_the_hub_wrote_it(
     cull_scripted: Cull, scripted: ScriptedHub, moment: str, field: str
 ) -> None:
-    server = scripted.add("ann", idle=60)
-    setattr(scripted.users["ann"] if field == "created" else server, field, moment)
+    if field == "created":
+        scripted.add_user("ann", created=moment)
+    else:
+        setattr(scripted.add("ann", idle=60), field, moment)
     result = cull_scripted("--explain=ann", "--cull-users", "--timeout=1h", "--max-age=365d")
     assert result.exit_code == 0
     assert moment in result.out
@@ -125,17 +125,17 @@ def test_an_idle_server_that_a_rule_applies_to(hub: RealHub, cull_real: Cull) ->
     token = hub.user_culler_token
     found = facts(cull_real("--explain=ann/gpu", "--timeout=10m", "--max-age=1d", *rules, token=token))
     assert list(found) == [
-        *("hub", "clock", "server", "ready", "active", "started", "rule 1", "rule 2", "timeout", "max-age", "verdict")
+        *("hub", "clock", "server", "ready", "active", "born", "rule 1", "rule 2", "timeout", "max-age", "verdict")
     ]
     assert found["hub"] == f"{hub.url}, JupyterHub 6.1.1"
     assert (found["server"], found["ready"]) == ("ann/gpu", "yes")
     assert re.fullmatch(r"WHEN, 2h00m\d\ds ago", ago(found["active"]))
-    assert re.fullmatch(r"WHEN, 5h00m\d\ds ago", ago(found["started"]))
+    assert re.fullmatch(r"WHEN, 5h00m\d\ds ago", ago(found["born"]))
     assert found["rule 1"].startswith("group=physics keep: ")
     assert "gpu, staff" in found["rule 1"]
     assert found["rule 2"].startswith("group=gpu timeout=1h30m: ")
-    assert re.match(r"1h30m by rule 2, .* WHEN$", ago(found["timeout"]))
-    assert re.match(r"1d, .* WHEN, in 18h59m\d\ds$", ago(found["max-age"]))
+    assert re.match("limit 1h30m by rule 2: .* WHEN$", ago(found["timeout"]))
+    assert re.match("limit 1d, .* WHEN$", ago(found["max-age"]))
     assert re.search(" stopped: .* 2h, .* 1h30m .* rule 2", found["verdict"])
 
 
@@ -143,19 +143,19 @@ def test_a_limit_is_reached_at_exactly_its_idle_time(cull_scripted: Cull, script
     scripted.now = datetime(2026, 11, 22, 21, 0, 0, tzinfo=UTC)
     scripted.add("ann", idle=HOUR, age=2 * HOUR)
     found = facts(cull_scripted("--explain=ann", "--timeout=1h", "--max-age=1d"))
-    assert found["active"] == "2026-11-22T20:00:00Z, 1h ago"
-    assert re.fullmatch("1h, (?!not ).* 2026-11-22T21:00:00Z", found["timeout"])
-    assert re.fullmatch("1d, not .* 2026-11-23T19:00:00Z, in 22h", found["max-age"])
-    later = facts(cull_scripted("--explain=ann", "--timeout=1h0m1s", "--max-age=never"))
-    assert re.fullmatch("1h00m01s, not .* 2026-11-22T21:00:01Z, in 1s", later["timeout"])
-    assert later["max-age"] == "never"
-    assert re.match(r"999999999d, not \w+$", facts(cull_scripted("--explain=ann", "--timeout=999999999d"))["timeout"])
+    assert re.fullmatch(r"2026-11-22T20:00:00Z, 1h(00m\d\ds)? ago", found["active"])
+    assert re.fullmatch("limit 1h, .* 2026-11-22T21:00:00Z", found["timeout"])
+    assert re.fullmatch("limit 1d, .* 2026-11-23T19:00:00Z", found["max-age"])
+    later = facts(cull_scripted("--explain=ann", "--timeout=1h1m", "--max-age=never"))
+    assert re.fullmatch("limit 1h01m, .* 2026-11-22T21:01:00Z", later["timeout"])
+    assert later["max-age"] == "no limit"
+    assert later["verdict"].startswith("kept: ")
 
 
 def test_a_server_that_is_starting_is_kept(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn("ann", wait=False, start_seconds=60)
     found = facts(cull_real("--explain=ann", "--timeout=0"))
-    assert found["ready"].startswith("no")
+    assert found["ready"] == "pending spawn"
     assert re.match("kept: .*spawn", found["verdict"])
 
 
@@ -186,23 +186,21 @@ def test_a_named_server_would_be_removed_where_that_is_asked_for(cull_scripted: 
     assert found["verdict"].startswith("would be removed: ")
 
 
-def test_a_user_with_a_server_that_stays_is_kept(hub: RealHub, cull_real: Cull) -> None:
+def test_a_user_with_a_server_is_kept(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn("ann", idle_seconds=LONG_AGO, user_idle_seconds=LONG_AGO, user_age_seconds=3 * DAY)
-    hub.spawn("ann", "gpu", user_idle_seconds=LONG_AGO, user_age_seconds=3 * DAY)
     result = cull_real("--explain=ann", "--timeout=1h", "--cull-users", token=hub.user_culler_token)
     of_server, of_user = verdicts(result)
     assert of_server.startswith("stopped: ")
-    assert of_user.startswith("kept: ann/gpu ")
+    assert of_user.startswith("kept: ")
     assert facts(result)["user"] == "ann"
-    assert list(facts(result))[-1] == "created"
 
 
 def test_rules_keep_their_numbers_for_users(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add_user("ann", idle=LONG_AGO, admin=True)
     rules = ["--rule=server=* keep", "--rule=user=bob timeout=5h", "--rule=admin=true keep"]
-    result = cull_scripted("--explain=ann", "--cull-users", *rules)
+    result = cull_scripted("--explain=ann", "--cull-users", "--timeout=1h", *rules)
     found = facts(result)
-    assert "admin" in found["user"]
+    assert found["user"] == "ann"
     assert {label: fact.partition(":")[0] for label, fact in found.items() if label.startswith("rule")} == {
         "rule 2": "user=bob timeout=5h",
         "rule 3": "admin=true keep",
@@ -212,10 +210,11 @@ def test_rules_keep_their_numbers_for_users(cull_scripted: Cull, scripted: Scrip
 
 def test_the_limits_of_a_rule_for_servers_do_not_count_for_users(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add_user("ann", idle=LONG_AGO)
-    result = cull_scripted("--explain=ann", "--cull-users", "--rule=user=a* timeout=5h", "--rule=user=ann keep")
+    rules = ["--rule=user=a* timeout=5h", "--rule=user=ann keep"]
+    result = cull_scripted("--explain=ann", "--cull-users", "--timeout=1h", *rules)
     assert facts(result)["rule 1"].startswith("user=a* timeout=5h: ")
     assert "rule 2" not in facts(result)
-    assert facts(result)["timeout"].startswith("10m, ")
+    assert facts(result)["timeout"].startswith("limit 1h, ")
     assert verdicts(result)[-1].startswith("deleted: ")
 
 
@@ -225,8 +224,8 @@ def test_the_limits_of_a_rule_for_servers_do_not_count_for_users(cull_scripted: 
 @pytest.mark.parametrize(
     ("off", "says"),
     [
-        (2 * HOUR + 30, r", 2h00m\d\ds ahead .*"),
-        (-40 * DAY - 30, r", 40d00h00m\d\ds behind .*"),
+        (2 * HOUR + 30, ", 2h ahead .*"),
+        (-40 * DAY - 30, ", 40d behind .*"),
         (0, ""),
     ],
     ids=["ahead", "behind", "right"],
@@ -244,19 +243,18 @@ def test_a_clock_that_is_wrong_is_shown_and_the_hubs_clock_counts(
 def test_a_server_without_activity_counts_from_its_start(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", last_activity=None, age=LONG_AGO)
     found = facts(cull_scripted("--explain=ann", "--timeout=1h"))
-    assert re.match(r"WHEN\b.*\bstarted\b", ago(found["active"]))
-    assert re.search(r", 2h00m\d\ds ago", found["active"])
+    assert found["active"] == found["born"]
+    assert re.fullmatch(r"WHEN, 2h00m\d\ds ago", ago(found["active"]))
 
 
 def test_unknown_values_are_shown_as_unknown(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO, started=None)
     found = facts(cull_scripted("--explain=ann", "--timeout=1h", "--max-age=1d"))
-    assert found["started"] == "unknown"
-    assert re.match("1d, not .*unknown", found["max-age"])
+    assert (found["born"], found["max-age"]) == ("unknown", "limit 1d")
     scripted.add("bob", last_activity="yesterday")
     found = facts(cull_scripted("--explain=bob", "--timeout=1h"))
     assert (found["ready"], found["active"]) == ("unknown", "unknown")
-    assert re.match("1h, not .*unknown", found["timeout"])
+    assert found["timeout"] == "limit 1h"
     assert re.match("kept: .*last_activity.*'yesterday'", found["verdict"])
     with_rule = facts(cull_scripted("--explain=bob", "--timeout=1h", "--rule=option.x=y keep"))
     assert with_rule | {"clock": ""} == found | {"clock": ""}
@@ -299,6 +297,7 @@ def test_a_hub_that_is_down_exits_with_3(cull: Cull, scripted: ScriptedHub, monk
     [
         (["list:users"], [], "read:servers"),
         (["list:users", "read:servers"], ["--rule=group=gpu keep"], "read:users:groups"),
+        (["list:users", "read:servers"], ["--idle-by=both"], "tokens"),
     ],
 )
 def test_a_missing_scope_is_named(
@@ -307,7 +306,7 @@ def test_a_missing_scope_is_named(
     hub.spawn("ann")
     result = cull_real("--explain=ann", *args, token=hub.token_with(*scopes))
     assert (result.exit_code, result.out) == (3, "")
-    assert f" {missing};" in result.err.partition("jupyterhub_config.py")[0]
+    assert f" {missing} and delete:servers;" in result.err.partition("jupyterhub_config.py")[0]
 
 
 def test_an_explanation_needs_no_scope_to_delete(hub: RealHub, cull_real: Cull) -> None:
@@ -318,51 +317,24 @@ def test_an_explanation_needs_no_scope_to_delete(hub: RealHub, cull_real: Cull) 
     assert hub.running() == {"ann"}
 
 
-@pytest.mark.parametrize(
-    ("scopes", "args", "lacking"),
-    [
-        ([], [], "delete:servers"),
-        (["delete:servers"], ["--idle-by=both"], "tokens"),
-        (["delete:servers", "tokens"], ["--idle-by=both"], ""),
-    ],
-)
+@pytest.mark.parametrize("scopes", [["delete:servers"], []], ids=str)
 def test_it_says_what_the_token_lacks_for_a_real_pass(
-    cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str], args: list[str], lacking: str
+    cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str]
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.scopes = ["list:users", "read:users:activity", "read:servers", *scopes]
-    found = facts(cull_scripted("--explain=ann", "--timeout=1h", *args))
+    found = facts(cull_scripted("--explain=ann", "--timeout=1h"))
     assert found["verdict"].startswith("would be stopped: ")
-    assert re.findall(r"the token lacks (.*):", found.get("but", "")) == [lacking] * bool(lacking)
+    assert ("the token lacks delete:servers:" in found.get("but", "")) == (not scopes)
 
 
 @pytest.mark.parametrize("looks", ["--dry-run", "--explain=ann"])
-def test_a_wrong_servers_url_is_found_although_no_server_is_asked(
+def test_a_wrong_servers_url_is_found_before_a_server_is_asked(
     cull_scripted: Cull, scripted: ScriptedHub, looks: str
 ) -> None:
+    scripted.scopes.append("tokens")
     scripted.add("ann", idle=LONG_AGO)
     result = cull_scripted(looks, "--timeout=1h", "--idle-by=both", f"--servers-url={scripted.url}/elsewhere")
     assert (result.exit_code, result.out) == (3, "")
     assert "--servers-url must be" in result.err
     assert not [line for line in scripted.lines() if line.startswith("GET /user/")]
-
-
-# In a terminal
-
-LONG = "maximiliane-山田太郎と佐藤花子@students.example.edu"
-
-
-def test_long_facts_are_wrapped_and_indented(hub: RealHub) -> None:
-    hub.spawn(LONG, "gpu", idle_seconds=LONG_AGO)
-    rule = "group=students-of-the-summer-term option.profile=large timeout=8h max-age=12h"
-    arguments = ["--explain", f"{LONG}/gpu", "--timeout=1h", f"--rule={rule}"]
-    for columns in (40, 80, 200):
-        rows = in_terminal(hub, columns, *arguments, env={"JUPYTERHUB_API_TOKEN": hub.user_culler_token}).rows
-        labels = [row[:9].strip() for row in rows]
-        assert [label for label in labels if label] == [
-            *("hub", "clock", "server", "ready", "active", "started", "rule 1", "timeout", "max-age", "verdict")
-        ]
-        facts_below = "".join(row[9:].replace(" ", "") for row in rows)
-        assert rule.replace(" ", "") in facts_below
-        assert f"{LONG}/gpu" in facts_below
-        assert ("" in labels) == (columns < 200)

@@ -53,22 +53,6 @@ def test_a_pass_says_in_how_many_seconds_the_next_one_starts(loop: RunLoop, scri
     assert result.exit_code == 0
 
 
-def test_scopes_are_asked_for_after_each_pass_that_has_not_worked(loop: RunLoop, scripted: ScriptedHub) -> None:
-    scripted.fault("GET", "/users", respond(403), normal(), normal(), respond(403), normal())
-    loop(scripted, between=[nothing] * 4)
-    asked = [line.split("?")[0] for line in scripted.lines()]
-    assert asked == [
-        "GET /user",
-        "GET /users",
-        "GET /user",
-        "GET /users",
-        "GET /users",
-        "GET /users",
-        "GET /user",
-        "GET /users",
-    ]
-
-
 def test_a_scope_that_is_taken_away_is_named(loop: RunLoop, scripted: ScriptedHub) -> None:
     """Without read:servers no server is shown, which is a doubt about each user, but no failure."""
     scripted.add("ann", idle=LONG_AGO)

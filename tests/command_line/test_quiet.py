@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import count
 
 import pytest
 from hub import RealHub
@@ -17,6 +16,7 @@ from scripted_hub import (
     ScriptedHub,
     error,
     hang,
+    normal,
     raw,
     reset,
     respond,
@@ -38,16 +38,18 @@ def fill(scripted: ScriptedHub, due: int) -> None:
 def test_nothing_is_said_of_what_is_culled_stopping_warned_spared_and_deleted(hub: RealHub, cull_real: Cull) -> None:
     hub.spawn_many(
         [
-            ("ann", "gpu", {"idle_seconds": LONG_AGO, "user_idle_seconds": LONG_AGO, "user_age_seconds": LONG_AGO}),
+            ("ann", "gpu", {"idle_seconds": LONG_AGO}),
             ("bob", "", {"idle_seconds": 400}),
             ("cat", "", {"idle_seconds": LONG_AGO, "stop_seconds": 30}),
         ]
     )
+    hub.add_user("eve", idle_seconds=LONG_AGO, age_seconds=LONG_AGO)
     args = ("-q", "--timeout=10m", "--warn-before=9m", "--cull-users", "--remove-named-servers", "--notify=true")
     result = cull_real(*args, token=hub.user_culler_token)
     assert (result.exit_code, result.out, result.err) == (0, "", "")
     assert hub.running() == {"bob"}
-    assert "ann" not in hub.users()
+    assert hub.users() >= {"ann"}
+    assert "eve" not in hub.users()
 
 
 @pytest.mark.parametrize("more", [[], ["--timeout=1m"], ["--cull-users"], ["--max-culls=5"]])
@@ -72,7 +74,7 @@ def test_500_failures_of_one_kind_are_two_lines(cull_scripted: Cull, scripted: S
     assert result.exit_code == 1
     first, more = result.errors
     assert len(result.lines) == 2
-    assert re.search(r" failed (user\d+): .*GET /users/\1: .*500 \(disk full\)$", first)
+    assert re.search(r" failed (user\d+): .*GET /users/\1: .*500 \(disk full\) \(\d+ of 500\)$", first)
     assert " 499 more " in more
     assert "500" in more
 
@@ -103,20 +105,6 @@ def test_kinds_are_told_apart(cull_scripted: Cull, scripted: ScriptedHub) -> Non
     kinds = [(*re.findall(r" (\d+) more .*(\d{3})$", line)[0], "GET" in line) for line in more]
     assert sorted(kinds) == [("1", "418", False), ("1", "500", True), ("2", "500", False)]
     assert "user7" in result.outcomes
-
-
-def test_after_ten_kinds_failures_are_only_counted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    statuses = count(600)
-    fill(scripted, 50)
-    scripted.fault("DELETE", ".*", lambda exchange: Answer(next(statuses)), times=None)
-    result = cull_scripted(*QUIET)
-    assert result.exit_code == 1
-    assert len(result.outcomes) == 10
-    assert len(result.errors) == 11
-    assert " 40 more " in result.errors[-1]
-    assert "-v" in result.errors[-1]
-    scripted.fault("DELETE", ".*", lambda exchange: Answer(next(statuses)), times=None)
-    assert len(cull_scripted("--timeout=1h", "-v").outcomes) == 50
 
 
 def test_verbose_shows_each_failure(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -173,13 +161,13 @@ def test_a_hub_that_is_gone_ends_the_pass(
     assert len([line for line in result.errors if f" {last} failures " in line]) == 1
     failed, undone = result.counts["failed"], result.counts["left undone"]
     assert last <= failed < 1000  # there are no pauses, so a few more fail before the pass ends
-    assert undone >= 2020 - 2 * failed - 2 * concurrency
+    assert undone >= 1020 - failed - concurrency
     assert {user for user in scripted.users if user.startswith("empty")} == {f"empty{number}" for number in range(20)}
 
 
 def test_the_next_pass_does_the_rest_once_the_hub_is_back(scripted: ScriptedHub, loop: RunLoop) -> None:
     fill(scripted, 300)
-    scripted.fault("DELETE", "/users/user25/server", go_down(scripted))
+    scripted.fault("DELETE", ".*", *[normal()] * 25, go_down(scripted))
     first, _ = loop(scripted, "--timeout=1h", "--concurrency=1", between=[scripted.resume]).passes
     assert first.counts["culled"] == 25
     assert first.counts["failed"] >= 10  # there are no pauses, so a few more fail before the pass ends

@@ -52,7 +52,7 @@ from scripted_hub import (
 from settings import SettingsOf
 
 import cull_idle
-from cull_idle import parse_duration, parse_time, parse_user
+from cull_idle import parse_time, parse_user
 
 TOKEN = "5ecre7-token-0f-the-cu11er"
 TO_API = "usually ends in /hub/api"
@@ -137,7 +137,7 @@ def test_a_token_file_that_cannot_be_read(
 
 def test_a_token_in_place_of_its_file_is_not_shown(cull: Cull) -> None:
     result = cull("--once", "--token-file", "0123456789abcdef0123456789abcdef", token=TOKEN)
-    assert_one_sentence(result, 2, "--token-file takes the name of a file, and this looks like a token.")
+    assert_one_sentence(result, 2, "--token-file takes a file's name, and this looks like a token.")
     assert "0123456789abcdef" not in result.err
 
 
@@ -179,7 +179,6 @@ def test_a_token_that_is_refused_with_401(cull_scripted: Cull, scripted: Scripte
         "http://127.0.0.1:port/hub/api",
         "http://[::1/hub/api",
         "http://ho st/hub/api",
-        "http://127.0.0.1/hub/api\n",
     ],
 )
 def test_a_url_that_is_not_valid(cull: Cull, url: str) -> None:
@@ -235,13 +234,11 @@ def test_a_url_without_hub_api(cull: Cull, scripted: ScriptedHub, path: str) -> 
         pytest.param(html(500), ["500"], id="HTML, 500"),
         pytest.param(respond(200, b"hello"), [TO_API], id="text"),
         pytest.param(respond(200, b"\xff\xfe\x00"), [TO_API], id="binary"),
-        pytest.param(respond(200, b"[" * 100_000), ["JSON that is nested too deeply"], id="deep"),
-        pytest.param(respond(200, b"9" * 10_000), [TO_API], id="a long number"),
         pytest.param(empty(), ["nothing", TO_API], id="nothing"),
         pytest.param(empty(204), ["204", TO_API], id="204"),
         pytest.param(respond_json(200, {"version": "6.1.1"}), [TO_API], id="another JSON"),
         pytest.param(respond_json(200, "users"), [TO_API], id="a string"),
-        pytest.param(respond_json(200, [1, 2]), [TO_API], id="a list without a user"),
+        pytest.param(respond_json(200, {"items": [1, 2], "_pagination": {}}), [TO_API], id="a list without a user"),
         pytest.param(respond_json(500, {"message": "Oops"}), ["500 (Oops)"], id="500"),
         pytest.param(truncated(), [TO_API], id="half an answer"),
         pytest.param(reset(), ["connection was lost"], id="reset"),
@@ -263,6 +260,12 @@ def test_an_answer_that_is_not_a_user_list(
     assert_one_sentence(cull_scripted(), 3, "GET /users", scripted.url, *words)
 
 
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"9" * 10_000], ids=["deep", "a long number"])
+def test_pages_that_are_all_nested_too_deeply(cull_scripted: Cull, scripted: ScriptedHub, body: bytes) -> None:
+    scripted.fault("GET", "/users", respond(200, body), times=None)
+    assert_one_sentence(cull_scripted(), 3, "GET /users: the Hub answered JSON that is nested too deeply")
+
+
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_hub_that_is_unavailable(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
     scripted.fault("GET", "/users", respond_json(status, {"message": "Restarting"}), times=None)
@@ -273,7 +276,7 @@ def test_a_hub_that_is_unavailable(cull_scripted: Cull, scripted: ScriptedHub, s
 @pytest.mark.parametrize("answer", [html(), html(404), reset(), hang(0.1), respond(500), empty()])
 def test_a_server_that_is_not_a_hub(cull_scripted: Cull, scripted: ScriptedHub, answer: Reply) -> None:
     scripted.fault("*", ".*", answer, times=None)
-    assert_one_sentence(cull_scripted("--cull-users"), 3, scripted.url)
+    assert_one_sentence(cull_scripted("--cull-users", "--timeout=1h"), 3, scripted.url)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -313,7 +316,7 @@ def test_a_redirect_without_a_location(cull_scripted: Cull, scripted: ScriptedHu
 
 def test_a_hub_that_refuses_the_connection(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.pause_listening()
-    assert_one_sentence(cull_scripted(), 3, scripted.url, "refuses the connection", "is the Hub running", "--url")
+    assert_one_sentence(cull_scripted(), 3, scripted.url, "Connection refused", "is the Hub running", "--url")
 
 
 def test_a_host_that_does_not_resolve(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +325,7 @@ def test_a_host_that_does_not_resolve(cull: Cull, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     result = cull("--once", "--url", "http://hub.example/hub/api", token=TOKEN)
-    assert_one_sentence(result, 3, "http://hub.example/hub/api", "does not resolve", "--url")
+    assert_one_sentence(result, 3, "http://hub.example/hub/api", "Name or service not known", "--url")
 
 
 def started_after(setup: str) -> subprocess.CompletedProcess[str]:
@@ -331,7 +334,7 @@ def started_after(setup: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-PIP_INSTALL = "pip install 'click>=8.4.1' 'python-dateutil>=2.9' 'requests>=2.32.2'"
+PIP_INSTALL = "pip install 'click>=8.4.1' 'python-dateutil>=2.9' 'requests>=2.32.2' 'urllib3>=2.2'"
 
 
 @pytest.mark.parametrize("module", ["click", "dateutil", "requests"])
@@ -386,13 +389,18 @@ def test_the_program_calls_itself_as_it_was_called(name: str, tmp_path: Path) ->
         assert (done.stdout + done.stderr).startswith(said)
 
 
-def test_a_click_that_is_too_old(tmp_path: Path) -> None:
-    """Its ParamType is no generic class, so the module cannot even be read to its end."""
-    (tmp_path / "click.py").write_text("class ParamType: pass\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, PROGRAM], env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "import click; del click.NoSuchCommand",
+        "import urllib3; urllib3.HTTPResponse = object",  # reads no answer in steps
+    ],
+    ids=["click", "urllib3"],
+)
+def test_a_package_that_is_too_old(setup: str) -> None:
+    done = started_after(f"sys.prefix = '/venv'; {setup}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"cull_idle needs a newer click: {sys.executable} -m ")
+    assert done.stderr == f"cull_idle needs newer packages: {sys.executable} -m {PIP_INSTALL}\n"
 
 
 def test_a_hub_without_a_route(cull: Cull) -> None:
@@ -464,7 +472,7 @@ def test_a_scope_that_is_missing_is_named_with_the_role_that_grants_it(
 
 def test_all_scopes_that_are_missing_are_named(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.scopes = ["read:users:name"]
-    result = cull_scripted("--cull-users")
+    result = cull_scripted("--cull-users", "--timeout=1h")
     said = result.lines[0].partition("load_roles")[0]
     assert_one_sentence(result, 3)
     assert all(scope in said for scope in ("list:users", "read:servers", "delete:servers", "admin:users"))
@@ -478,7 +486,7 @@ def test_the_role_is_for_the_user_whose_token_it_is(cull_scripted: Cull, scripte
 
 def test_a_dry_run_needs_no_scope_to_delete(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.scopes = [scope for scope in LEAST_SCOPES if scope != "delete:servers"]
-    assert cull_scripted("--dry-run", "--cull-users").exit_code == 0
+    assert cull_scripted("--dry-run", "--cull-users", "--timeout=1h").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -486,7 +494,7 @@ def test_a_dry_run_needs_no_scope_to_delete(cull_scripted: Cull, scripted: Scrip
 )
 def test_users_may_be_deleted_with_either_scope(cull_scripted: Cull, scripted: ScriptedHub, scopes: list[str]) -> None:
     scripted.scopes = [*LEAST_SCOPES, *scopes]
-    assert cull_scripted("--cull-users").exit_code == 0
+    assert cull_scripted("--cull-users", "--timeout=1h").exit_code == 0
 
 
 # Options
@@ -501,9 +509,7 @@ def test_users_may_be_deleted_with_either_scope(cull_scripted: Cull, scripted: S
             for value in ("1x", "", "-5", "nan", "1h-30m", "30m1h", "1e-3", "e3")
         ),
         pytest.param(["--timeout", "99999999999w"], ["--timeout", "too long"], id="a duration too long"),
-        pytest.param(["--cull-every", "0"], ["--cull-every", "too short", "1s"], id="no pause"),
         pytest.param(["--cull-every", "never"], ["--cull-every", "not a duration"], id="cull never"),
-        pytest.param(["--request-timeout", "0"], ["--request-timeout", "too short"], id="no time"),
         pytest.param(["--request-timeout", "never"], ["--request-timeout", "not a duration"], id="unending"),
         pytest.param(["--concurrency", "0"], ["--concurrency", "1<=x<=1000"], id="nothing in flight"),
         pytest.param(["--concurrency", "-1"], ["--concurrency", "1<=x<=1000"], id="less than nothing"),
@@ -556,7 +562,7 @@ def test_a_very_long_interval_is_no_traceback(cull: Cull, scripted: ScriptedHub,
     [
         ("CULL_IDLE_TIMEOUT", "1x"),
         ("CULL_IDLE_MAX_AGE", "old"),
-        ("CULL_IDLE_CULL_EVERY", "0"),
+        ("CULL_IDLE_CULL_EVERY", "often"),
         ("CULL_IDLE_CONCURRENCY", "0"),
         ("CULL_IDLE_API_PAGE_SIZE", "all"),
         ("CULL_IDLE_CULL_USERS", "maybe"),
@@ -594,7 +600,7 @@ def test_a_proxy_that_is_down(cull_scripted: Cull, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cull_idle, "PAUSES", (0.0,))
     env = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "", "no_proxy": ""}
     result = cull_scripted("--url=https://hub.example.org/hub/api", env=env)
-    assert_one_sentence(result, 3, "hub.example.org", "$HTTPS_PROXY", "ConnectionRefusedError")
+    assert_one_sentence(result, 3, "hub.example.org", "$HTTPS_PROXY", "Connection refused")
 
 
 # What no path or command can hold
@@ -603,7 +609,7 @@ def test_a_proxy_that_is_down(cull_scripted: Cull, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "option", ["--token-file", "--internal-certs-location", "--metrics-file", "--config", "--arbiter", "--notify"]
 )
-@pytest.mark.parametrize("value", ["\0", "/tmp/nul\0nul", "sh \0", "x\0.py:f"])
+@pytest.mark.parametrize("value", ["\0", "/tmp/nul\0nul", "x\0.py:f"])
 def test_a_nul(cull_scripted: Cull, scripted: ScriptedHub, option: str, value: str) -> None:
     assert_one_sentence(cull_scripted(f"{option}={value}"), 2, option)
     assert scripted.requests == []
@@ -647,18 +653,18 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("timeot = 1", "FILE has a key 'timeot', which is not an option; did you mean timeout?"),
-        ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section, but no option is in one."),
+        ("timeot = 1", "FILE: 'timeot' is not an option; did you mean timeout?"),
+        ("[cull-idle]\ntimeout = '1h'", "FILE: [cull-idle] is a section, but this file has no sections."),
         ("[timeout]\nx = 1", "FILE: [timeout] is a section"),
         ("c.IdleCuller.timeout = 3600", "a Python file of jupyterhub-idle-culler is not read"),
-        ("timeout = ['1h']", "FILE: timeout must be one value, not a list."),
+        ("timeout = ['1h']", "timeout in FILE: \"['1h']\" is not a duration"),
         ("timeout = '1x'", "timeout in FILE: '1x' is not a duration"),
         ("cull-users = 'maybe'", "cull-users in FILE: 'maybe' is not a valid boolean"),
         ("concurrency = 0", "concurrency in FILE: 0 is not in the range"),
-        ("rule = ['user=x']", "set timeout="),
+        ("rule = ['user=x']", "rule in FILE: 'user=x' sets nothing"),
         ("timeout = ", "FILE is not TOML"),
-        ("timeout = 1h", "(at line 1, column 12); durations and texts need quotes, such as timeout = "),
-        ("once = true\nonce = true", "FILE is not TOML: Cannot overwrite a value (at end of document)."),
+        ("timeout = 1h", '(at line 1, column 12); texts and durations need quotes, such as timeout = "1h".'),
+        ("once = true\nonce = true", "FILE is not TOML: Cannot overwrite a value (at end of document)"),
         (None, "FILE cannot be read: No such file or directory."),
     ],
 )
@@ -669,53 +675,41 @@ def test_a_config_file_with_an_error(cull: Cull, tmp_path: Path, text: str | Non
     assert sentence.replace("FILE", str(file)) in cull(f"--config={file}").err
 
 
-def test_the_help_of_an_option_in_the_generated_config_file(cull: Cull) -> None:
-    out = cull("--generate-config").out
-    assert "## Stop servers idle for at least this long; 0 stops every ready server." in out
+CHOOSE = (
+    "cull_idle.py: --cull-users needs --timeout or --user-timeout, such as --user-timeout=90d: by default it would"
+    " delete users after 10 minutes.\n"
+)
 
 
-def test_a_timeout_below_the_activity_interval(cull: Cull, settings_of: SettingsOf) -> None:
-    (line,) = cull("--timeout=5m").lines
-    assert line == (
-        "WARNING  --timeout 5m may stop servers in use: a Hub refreshes last_activity every 5m by default"
-        " (JupyterHub.last_activity_interval); set at least 5m30s"
-    )
-
-
-OWN_PORT = "is probably the Hub's own port: set --servers-url, on the Hub's machine usually to http://127.0.0.1:8000"
-MANAGED = {"JUPYTERHUB_SERVICE_NAME": "culler", "JUPYTERHUB_API_URL": "http://10.0.0.7:15001/hub/api"}
+@pytest.mark.parametrize("arguments", [[], ["--max-age=1h"], ["--user-max-age=1h"], ["--dry-run"]], ids=str)
+def test_users_without_a_limit_that_somebody_has_chosen(cull: Cull, arguments: list[str]) -> None:
+    assert cull("--cull-users", *arguments) == (2, "", CHOOSE)
 
 
 @pytest.mark.parametrize(
-    ("args", "env", "warned_of"),
+    ("limit", "sentence"),
     [
-        (["--idle-by=both"], {}, "http://127.0.0.1:8081/hub/api"),
-        (["--idle-by=kernels"], MANAGED, "http://10.0.0.7:15001/hub/api"),
-        (["--idle-by=both"], {"JUPYTERHUB_API_URL": "https://hub.example.org/hub/api"}, None),
-        (["--idle-by=both", "--servers-url=http://127.0.0.1:8000"], {}, None),
-        (["--idle-by=both"], {**MANAGED, "JUPYTERHUB_PUBLIC_HUB_URL": "https://hub.example.org/hub/"}, None),
-        (["--idle-by=both", "--url=https://hub.example.org/hub/api"], MANAGED, None),
-        ([], MANAGED, None),
+        (
+            "--timeout=5m",
+            (
+                "--timeout 5m may stop servers in use: a Hub refreshes last_activity every 5m by default"
+                " (JupyterHub.last_activity_interval); set at least 5m30s"
+            ),
+        ),
+        ("--max-age=12", "--max-age 12s stops all servers that are older than that, also those in use"),
+        ("--rule=user=a max-age=9", "rule 1: max-age 9s stops all servers that are older than that, also those in use"),
     ],
 )
-def test_a_port_that_does_not_lead_to_servers(
-    cull: Cull, settings_of: SettingsOf, args: list[str], env: dict[str, str], warned_of: str | None
-) -> None:
-    said = cull("--timeout=1h", *args, env=env).err
-    assert (f"--idle-by asks servers through the proxy, but {warned_of} {OWN_PORT}\n" in said) == bool(warned_of)
-    assert ("the Hub's own port" in said) == bool(warned_of)
+def test_a_limit_below_the_activity_interval(cull: Cull, settings_of: SettingsOf, limit: str, sentence: str) -> None:
+    assert cull(limit).lines == [f"WARNING  {sentence}"]
 
 
 # What cannot be read
-
-NO_DURATION = "'1x' is not a duration: write seconds, or numbers with units, such as 90s, 15m, 1.5h, 1h30m, 2d or 1w."
 
 
 @pytest.mark.parametrize(
     ("parse", "text", "sentence"),
     [
-        (parse_duration, "1x", NO_DURATION),
-        (parse_duration, "999999999999d", "'999999999999d' is too long a duration."),
         (parse_time, "yesterday or so", "'yesterday or so' is not a time"),
         (parse_user, None, "answered a user without a name"),
         (parse_user, {"name": ""}, "answered a user without a name"),
@@ -745,7 +739,7 @@ NOT_SHOWN = "its last_activity is not shown; the token needs the scope read:user
 )
 def test_the_doubt_about_a_user(changes: dict[str, object], doubt: str) -> None:
     model = {key: value for key, value in {**ANN, "servers": {}, **changes}.items() if value is not DROP}
-    assert parse_user(model).doubt == doubt
+    assert parse_user(model)[0].doubt == doubt
 
 
 @pytest.mark.parametrize(
@@ -763,7 +757,7 @@ def test_the_doubt_about_a_user(changes: dict[str, object], doubt: str) -> None:
 )
 def test_the_doubt_about_a_server(changes: dict[str, object], doubt: str) -> None:
     model = {key: value for key, value in {**SERVER, **changes}.items() if value is not DROP}
-    (server,) = parse_user({**ANN, "servers": {"gpu": model}}).servers
+    _, server = parse_user({**ANN, "servers": {"gpu": model}})
     assert server.doubt == doubt
 
 
@@ -776,7 +770,7 @@ def test_the_doubt_about_a_server(changes: dict[str, object], doubt: str) -> Non
     ],
 )
 def test_the_doubt_about_servers_that_are_not_shown(user: dict[str, object], doubt: str) -> None:
-    (server,) = parse_user(user).servers
+    _, server = parse_user(user)
     assert server.doubt == doubt
 
 
@@ -788,8 +782,8 @@ def test_a_list_without_pages_from_a_hub_that_has_pages(cull_scripted: Cull, scr
     assert (result.exit_code, scripted.running()) == (3, {"ann"})
     (line,) = result.lines
     assert line == (
-        f"ERROR    GET /users: {scripted.url} answered a list without pages, perhaps only the first users: a proxy on"
-        " the way drops the header Accept; it must pass it on, or --url must lead past it"
+        f"ERROR    GET /users: {scripted.url} answered 200, a list without pages, perhaps only the first users: a proxy"
+        " on the way drops the header Accept; it must pass it on, or --url must lead past it"
     )
 
 
@@ -904,7 +898,7 @@ def test_an_active_server_in_two_units(cull_scripted: Cull, scripted: ScriptedHu
     server = scripted.add("ann", idle=4 * 86400)
     seen = scripted.now - timedelta(days=1, hours=2, minutes=3, seconds=30)
     scripted.fault("GET", "/users/ann", then_do(lambda: setattr(server, "last_activity", seen)))
-    assert cull_scripted("--timeout", "3d").lines[0] == "INFO     spared ann: active again 1d02h ago"
+    assert cull_scripted("--timeout", "3d").lines[0] == "INFO     spared ann: idle 1d02h, limit 3d"
 
 
 def test_a_named_server_that_is_removed(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -942,8 +936,8 @@ def test_a_stop_for_which_the_scope_is_missing(cull_scripted: Cull, scripted: Sc
         (
             of_hub(401),
             (
-                "401; the token must be of this Hub and not expired, and its owner must have a role (before JupyterHub"
-                " 2.0: be an admin)"
+                "401; the token must be of this Hub, not expired, and its owner must have a role (before Hub 2.0: be an"
+                " admin)"
             ),
         ),
         (
@@ -988,10 +982,9 @@ def test_a_500_for_a_user_that_no_longer_exists(cull_scripted: Cull, scripted: S
 
 
 def test_a_server_that_will_be_due_soon(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.now = scripted.now.replace(microsecond=0)
-    scripted.add("ann", idle=50 * 60 + 30)
-    result = cull_scripted("--timeout", "1h", "--warn-before", "15m")
-    assert result.lines[0] == "INFO     warned ann: idle 50m30s, limit 1h; due in 9m30s"
+    scripted.add("ann", idle=LONG_AGO)
+    result = cull_scripted("--timeout", "5h", "--warn-before", "4h")
+    assert result.lines[0] == "INFO     warned ann: idle 2h, limit 5h; due in 2h59m"
 
 
 # Users
@@ -1035,7 +1028,7 @@ def start_a_server(hub: ScriptedHub) -> None:
         (promote, "admins are not deleted"),
         (create_anew, "the user was created anew"),
         (start_a_server, "a server is there again"),
-        (lambda hub: hub.touch("ann"), "active again 0s ago"),
+        (lambda hub: hub.touch("ann"), "idle 0s, limit 1h"),
         (lambda hub: hub.users["ann"].extra.update(admin=None), "the Hub does not say whether the user is an admin"),
     ],
 )
@@ -1049,23 +1042,18 @@ def test_why_a_user_is_spared(
     assert result.lines[0] == f"{level} spared user ann: {reason}"
 
 
-def test_a_user_with_a_server_that_is_still_stopping(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", respond(202))
-    result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.lines[1] == "INFO     spared user ann: a server is still there"
-
-
 # The arbiter, rules and the fuse
 
 
 def test_what_the_arbiter_says(cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
     arbiter = tmp_path / "arbiter.py"
-    arbiter.write_text("asked = []\ndef f(): asked.append(1); return len(asked) in (1, 2, 3)")
+    arbiter.write_text(
+        "asked = []\ndef f(user): asked.append(user['name']); return user['name'] == 'ann' or asked.count('bob') < 2"
+    )
     for name in ("ann", "bob"):
         scripted.add(name, idle=LONG_AGO)
-    result = cull_scripted("--timeout=1h", "--concurrency=1", f"--arbiter={arbiter}:f")
-    assert result.lines[:2] == [
+    result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
+    assert sorted(result.lines[:2]) == [
         "INFO     culled ann: the arbiter says cull, idle 2h",
         "INFO     spared bob: the arbiter says keep, idle 2h",
     ]
@@ -1103,8 +1091,7 @@ def test_an_arbiter_with_an_unknown_argument(cull: Cull, tmp_path: Path) -> None
 
 
 RULE_HELP = (
-    "a rule is matches (user=, group=, server=, admin=, option.KEY=, state.KEY=)"
-    " and settings (timeout=, max-age=, or keep)"
+    "a rule has matches (user=, group=, server=, admin=, option.KEY=, state.KEY=) and timeout=, max-age= or keep"
 )
 
 
@@ -1114,15 +1101,12 @@ RULE_HELP = (
         ("user=ann kep", f"'kep' in 'user=ann kep' is not understood: {RULE_HELP}."),
         (
             "user=ann",
-            (
-                "'user=ann' sets nothing: put quotes around the whole rule, and set timeout=, max-age=, or keep;"
-                f" {RULE_HELP}."
-            ),
+            f"'user=ann' sets nothing: put quotes around the whole rule; {RULE_HELP}.",
         ),
         ("admin=yes keep", "'admin=yes': admin= is true or false."),
         (
             "timeout=1x",
-            f"'timeout=1x': {NO_DURATION}",
+            "'1x' is not a duration: write seconds, or numbers with units, such as 90s, 15m, 1.5h, 1h30m, 2d or 1w.",
         ),
         (
             "keep timeout=1h",
@@ -1153,15 +1137,10 @@ def test_a_scope_that_a_token_has_only_for_its_owner_is_missing(cull_scripted: C
     assert "the token of user boss lacks read:users:groups; make a new token that may do this or, if boss" in result.err
 
 
-BLOWN = (
-    "nothing is culled, because 1 of 1 servers are due and --max-culls is 0;"
-    " look at them with --dry-run, and raise --max-culls if they should go"
-)
+BLOWN = "nothing is culled, because 1 of 1 servers are due and --max-culls is 0; raise it if they should go"
 
 
-SERVERS_HINT = (
-    "--servers-url must be what comes before /user/… in the address of a server: the proxy, not the Hub's own port"
-)
+SERVERS_HINT = "--servers-url must be what precedes /user/… in a server's address: the proxy, not the Hub's own port"
 
 
 def test_servers_that_give_no_answer(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -1170,14 +1149,15 @@ def test_servers_that_give_no_answer(cull_scripted: Cull, scripted: ScriptedHub)
         scripted.add(name, idle=LONG_AGO, age=3 * HOUR, says=FakeJupyter())
     scripted.fault("GET", "/user/ann/.*", respond(503), times=None)
     assert cull_scripted("--timeout=1h", "--idle-by=both").warnings == [
-        "WARNING  1 of 2 servers asked gave no answer, so the Hub's word counts; the first: ann answered 503"
+        "WARNING  1 of 2 servers asked gave no usable answer, so the Hub's word counts; the first: ann answered 503"
     ]
 
 
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (html(), " is not the API of a JupyterHub"),
+        (html(), " answered HTML"),
+        (respond_json(200, []), " is not the API of a JupyterHub"),
         (respond(404), " answered 404"),
         (redirect("https://hub.example.org/hub/api"), " is redirected, to the Hub or to https:"),
         (respond(403), " answered 403"),
@@ -1191,12 +1171,14 @@ def test_an_address_that_leads_to_no_servers(
         proxy.fault("GET", ".*", answer, times=None)
         url = f"http://127.0.0.1:{proxy.port}"
         result = cull_scripted("--timeout=1h", "--idle-by=both", "--servers-url", url)
-    assert result.errors == [f"ERROR    servers cannot be asked: GET {url}/hub/api{why}; {SERVERS_HINT}"]
+    assert result.errors == [
+        f"ERROR    servers cannot be asked: GET {url}/hub/api{why}; {SERVERS_HINT}; with subdomains, leave it out"
+    ]
 
 
 def test_a_fuse_that_blows(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    assert cull_scripted("--timeout=1h", "--max-culls=0").lines[0] == f"ERROR    {BLOWN}"
+    assert cull_scripted("--timeout=1h", "--max-culls=0").lines[0] == f"ERROR    {BLOWN}; --dry-run shows them"
     assert cull_scripted("--timeout=1h", "--max-culls=0", "--dry-run").table[-1] == f"But {BLOWN}."
     assert cull_scripted("--timeout=1h", "--max-culls=0", "--dry-run", "--json").lines[0] == f"WARNING  {BLOWN}"
 
@@ -1209,8 +1191,7 @@ def test_a_fuse_that_is_neither_a_number_nor_a_percentage(cull: Cull) -> None:
 
 def test_a_warning_time_that_is_too_long(cull: Cull) -> None:
     assert cull("--timeout=1h", "--warn-before=1h").err == (
-        "cull_idle.py: --warn-before must be shorter than --timeout and each rule's timeout=,"
-        " or it would warn of servers in use.\n"
+        "cull_idle.py: --warn-before must be shorter than --timeout and each rule's timeout=.\n"
     )
 
 
@@ -1223,13 +1204,12 @@ def test_a_list_that_does_not_go_on(cull_scripted: Cull, scripted: ScriptedHub) 
     assert result.errors == ["ERROR    GET /users: the page after offset 0 starts at 0; the rest is not read"]
 
 
-def test_a_proxy_that_decodes_names(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("a/b", idle=LONG_AGO)
-    scripted.fault("GET", "%2Fusers.*", respond_json(200, []))
-    assert cull_scripted("--timeout", "1h").errors[0] == (
-        f"ERROR    failed a/b: idle 2h, limit 1h; a proxy on the way to {scripted.url} decodes %2F in paths, so the"
-        " request could reach another user's server; the proxy must pass paths on unchanged, or --url must lead past it"
-    )
+def test_a_server_whose_name_may_lead_elsewhere(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    scripted.add("ann", "a/b", idle=LONG_AGO)
+    why = "a path with its name could lead a proxy to something else: stop it by hand"
+    assert cull_scripted("--timeout=1h").lines[0] == f"ERROR    failed ann/a/b: idle 2h, limit 1h; {why}"
+    assert cull_scripted("--timeout=1h", "--dry-run").table[1].endswith(f"failed: idle 2h, limit 1h; {why}")
+    assert scripted.lines("DELETE") == []
 
 
 def summary(result: Result) -> str:
@@ -1249,7 +1229,7 @@ def test_a_pass_that_does_all(cull_scripted: Cull, scripted: ScriptedHub) -> Non
     scripted.fault("GET", "/users/bob", then_do(lambda: scripted.touch("bob")))
     scripted.fault("DELETE", "/users/cat/server", respond(202))
     assert summary(cull_scripted("--timeout", "1h", "--cull-users", "--concurrency=1")) == (
-        "INFO     pass: 4 running, 9 due, 1 culled, 1 stopping, 1 gone, 3 spared, 3 deleted"
+        "INFO     pass: 4 running, 5 due, 1 culled, 1 stopping, 1 gone, 1 spared, 1 deleted"
     )
 
 
@@ -1279,6 +1259,21 @@ def test_when_the_next_pass_starts(loop: RunLoop, scripted: ScriptedHub) -> None
     assert failed.lines[-1].endswith("; next in 2s")
 
 
+def test_what_the_first_pass_of_a_loop_says(loop: RunLoop, scripted: ScriptedHub) -> None:
+    scripted.scopes = ["list:users!group=gpu", *ALL_SCOPES[:1], *ALL_SCOPES[2:]]
+    rules = ["user=nobody keep", "user=nobody timeout=1h", "user=nobody max-age=never"]
+    first, second = loop(
+        scripted, "-v", "--timeout=1h", *(f"--rule={rule}" for rule in rules), between=[lambda: None]
+    ).passes
+    assert first.lines[:-1] == [
+        "INFO     the token has only list:users!group=gpu: only these users are seen",
+        "INFO     rule 1, user=nobody keep, applies to nobody now",
+        "DEBUG    rule 2, user=nobody timeout=1h, applies to nobody now",
+        "INFO     rule 3, user=nobody max-age=never, applies to nobody now",
+    ]
+    assert len(second.lines) == 1
+
+
 def test_a_loop_that_is_told_to_stop(cull: Cull, scripted: ScriptedHub, tell_to_stop: Callable[[], None]) -> None:
     scripted.fault("GET", "/users", and_do(tell_to_stop))
     result = cull("--timeout=1h", "--url", scripted.url, token=scripted.token)
@@ -1294,7 +1289,8 @@ def test_failures_of_one_kind(cull_scripted: Cull, scripted: ScriptedHub) -> Non
     scripted.fault("GET", "/users/.*", respond_json(500, {"message": "disk full"}), times=None)
     first, more = cull_scripted("-q", "--timeout=1h").lines
     assert re.fullmatch(
-        r"ERROR    failed (user\d+): idle 2h, limit 1h; GET /users/\1: the Hub answered 500 \(disk full\)", first
+        r"ERROR    failed (user\d+): idle 2h, limit 1h; GET /users/\1: the Hub answered 500 \(disk full\) \(1 of 20\)",
+        first,
     )
     assert more == "ERROR    19 more failed in the same way: GET /users/…: the Hub answered 500"
 
@@ -1304,8 +1300,10 @@ def test_failures_of_many_kinds(cull_scripted: Cull, scripted: ScriptedHub) -> N
     for number in range(20):
         scripted.add(f"user{number}", idle=LONG_AGO)
     scripted.fault("DELETE", ".*", lambda exchange: Answer(next(statuses)), times=None)
-    result = cull_scripted("-q", "--timeout=1h")
-    assert result.lines[-1] == "ERROR    10 more failed in other ways; -v shows each"
+    said = cull_scripted("-q", "--timeout=1h").lines
+    assert [re.sub(r"user\d+|\d{3}", "…", line) for line in said] == [
+        f"ERROR    failed …: idle 2h, limit 1h; the Hub answered … ({number} of 20)" for number in range(1, 21)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -1361,7 +1359,7 @@ def test_a_stdout_that_is_full(scripted: ScriptedHub) -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("", "'' is not a program that can be run: it must be executable, and on the $PATH or"),
+        ("", "'' is not a program that can be run: is it executable, and on the $PATH?"),
         ("'unclosed", "No closing quotation"),
         ("no-such-command here", "'no-such-command' is not a program that can be run"),
         ("/", "'/' is not a program that can be run"),
@@ -1371,25 +1369,11 @@ def test_a_command_that_cannot_be_run(cull_scripted: Cull, command: str, sentenc
     assert_one_sentence(cull_scripted("--notify", command), 2, "--notify", sentence)
 
 
-MEBIBYTE = 1 << 20
-
-
 @pytest.mark.parametrize(
     ("script", "end"),
     [
-        pytest.param("exit 3", "exited with 3: nothing on its stderr", id="exits with 3"),
-        pytest.param("echo 'no such address' >&2; exit 75", "exited with 75: no such address", id="says why"),
-        pytest.param(
-            "echo usage >&2; echo >&2; echo 'bad word' >&2; echo >&2; exit 1", "exited with 1: bad word", id="last line"
-        ),
-        pytest.param("echo oh; exit 1", "exited with 1: nothing on its stderr", id="writes to stdout"),
-        pytest.param(r"printf '\033[31m\377\n' >&2; exit 1", "exited with 1: \\x1b[31m\ufffd", id="writes no text"),
-        pytest.param(
-            f"{{ head -c {4 * MEBIBYTE} /dev/zero; echo; head -c 999 /dev/zero; }} | tr '\\0' x >&2; exit 1",
-            "exited with 1: " + "x" * 199 + "…",
-            id="writes much",
-        ),
-        pytest.param("kill -9 $$", "was killed (9): nothing on its stderr", id="is killed"),
+        pytest.param("exit 3", "exited with 3", id="exits with 3"),
+        pytest.param("kill -9 $$", "exited with -9", id="is killed"),
         pytest.param("exec sleep 60", "was not done after 0.3s, and is given up", id="hangs"),
     ],
 )
@@ -1417,24 +1401,18 @@ def test_commands_that_are_left_out(
 # --metrics-file
 
 
-def test_a_metrics_file_of_another_program(cull_scripted: Cull, tmp_path: Path) -> None:
-    file = tmp_path / "node.prom"
-    file.write_text("node_load1 0.21\n")
-    why = "is there already: another program wrote it, so it is not overwritten."
-    result = cull_scripted(f"--metrics-file={file}")
-    assert result.lines == [f"cull_idle.py: --metrics-file {file} {why}"]
-
-
-def test_a_metrics_file_in_a_directory_that_does_not_exist(cull_scripted: Cull, tmp_path: Path) -> None:
-    result = cull_scripted(f"--metrics-file={tmp_path / 'none' / 'cull_idle.prom'}")
-    assert "cannot be written: its directory must exist and be writable." in result.err
-
-
-def test_a_metrics_file_that_cannot_be_written(cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
-    file = tmp_path / "cull_idle.prom"
-    scripted.fault("GET", "/users", then_do(lambda: file.write_text("node_load1 0.21\n")))
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("node.prom", "what is there already is not a file of this program, so it is not overwritten"),
+        ("none/cull_idle.prom", "No such file or directory"),
+    ],
+)
+def test_a_metrics_file_that_cannot_be_written(cull_scripted: Cull, tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "node.prom").write_text("node_load1 0.21\n")
+    file = tmp_path / name
     assert cull_scripted("-q", f"--metrics-file={file}").lines == [
-        f"ERROR    --metrics-file {file} is not written: another program wrote it, so it is not overwritten"
+        f"ERROR    --metrics-file {file} is not written: {why}"
     ]
 
 
@@ -1455,11 +1433,11 @@ def test_an_explanation(cull_scripted: Cull, scripted: ScriptedHub) -> None:
         "server   ann/gpu",
         "ready    yes",
         "active   WHEN, 2h00m ago",
-        "started  WHEN, 5h00m ago",
+        "born     WHEN, 5h00m ago",
         "rule 1   group=physics keep: does not apply, group is gpu, staff",
         "rule 2   group=gpu timeout=1h30m: applies",
-        "timeout  1h30m by rule 2, reached at WHEN",
-        "max-age  1d, not reached before WHEN, in 18h59m",
+        "timeout  limit 1h30m by rule 2: group=gpu timeout=1h30m, which is at WHEN",
+        "max-age  limit 1d, which is at WHEN",
         "verdict  would be stopped: idle 2h, limit 1h30m by rule 2: group=gpu timeout=1h30m",
     ]
 
@@ -1467,14 +1445,14 @@ def test_an_explanation(cull_scripted: Cull, scripted: ScriptedHub) -> None:
 def test_an_explanation_of_a_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add_user("ann", idle=LONG_AGO, admin=True)
     rules = ["--rule=user=bob keep", "--rule=user=a* timeout=5h"]
-    lines = explained(cull_scripted, "--explain=ann", "--cull-users", *rules)
+    lines = explained(cull_scripted, "--explain=ann", "--cull-users", "--timeout=1h", *rules)
     assert {line for line in lines if line.startswith(("server", "user", "rule", "verdict"))} == {
         "server   ann is not running",
         "verdict  nothing to stop",
-        "user     ann, an admin",
+        "user     ann",
         "rule 1   user=bob keep: does not apply, user is ann",
         "rule 2   user=a* timeout=5h: applies, its limits only to servers",
-        "verdict  would be deleted: idle 2h, limit 10m",
+        "verdict  would be deleted: idle 2h, limit 1h",
     }
 
 
@@ -1483,9 +1461,9 @@ def test_an_explanation_of_what_is_unknown(cull_scripted: Cull, scripted: Script
     assert explained(cull_scripted, "--explain=ann", "--timeout=1h")[1:] == [
         "ready    unknown",
         "active   unknown",
-        "started  unknown",
-        "timeout  1h, not reached: unknown since when",
-        "max-age  never",
+        "born     unknown",
+        "timeout  limit 1h",
+        "max-age  no limit",
         "verdict  kept: started or last_activity: 'yesterday' is not a time",
     ]
 
@@ -1493,7 +1471,7 @@ def test_an_explanation_of_what_is_unknown(cull_scripted: Cull, scripted: Script
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("", "cull_idle.py: --explain: write USER, or USER/SERVER for a named server."),
+        ("", "cull_idle.py: Invalid value for '--explain': write USER, or USER/SERVER for a named server."),
         ("nobody", "cull_idle.py: --explain: URL knows no user 'nobody'."),
     ],
 )

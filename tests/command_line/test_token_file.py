@@ -83,18 +83,3 @@ def test_a_token_comes_through_a_pipe(scripted: ScriptedHub, args: list[str], pa
             culler.send_signal(signal.SIGTERM)
         assert culler.wait(20) == 0
     assert len(scripted.lines()) >= 2
-
-
-def test_a_fifo_that_nobody_writes_into_is_given_up_soon(scripted: ScriptedHub, tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    process = subprocess.run(
-        [*RUN, "--once", "--url", scripted.url, "--token-file", fifo],
-        check=False,
-        capture_output=True,
-        timeout=15,
-    )
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1
-    assert str(fifo).encode() in process.stderr
-    assert scripted.requests == []

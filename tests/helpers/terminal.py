@@ -8,11 +8,10 @@ import re
 import struct
 import subprocess
 import termios
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pyte
-import wcwidth
 from hub import RealHub
 from processes import RUN
 from scripted_hub import ScriptedHub
@@ -37,20 +36,6 @@ class Screen:
         """The rows from the top to the last that is not blank."""
         return "\n".join(row.rstrip() for row in self.screen.display).rstrip().split("\n")
 
-    @property
-    def log(self) -> list[str]:
-        """The lines of a log, without their timestamps, each of which may go on for several rows."""
-        nothing, *lines = LOGGED_AT.split("".join(self.screen.display))
-        assert nothing.strip() == ""
-        return [line.rstrip() for line in lines]
-
-    def colour(self, word: str) -> str:
-        """The foreground of the first character of a word, where it stands first."""
-        for row, text in enumerate(self.screen.display):
-            if word in text:
-                return self.screen.buffer[row][wcwidth.wcswidth(text[: text.index(word)])].fg
-        raise AssertionError(f"{word} is nowhere in\n{self.rows}")
-
 
 class Session(NamedTuple):
     """A run of the program in a terminal."""
@@ -72,13 +57,6 @@ class Session(NamedTuple):
         rows = self.screen.rows
         assert len(rows) == len(self.written.rstrip().split(b"\n")), rows
         return rows
-
-    def screens(self) -> Iterator[list[str]]:
-        """The rows of the screen at each moment at which a line, or what is to be overwritten, is complete."""
-        screen = Screen(self.columns)
-        for part in re.split(rb"(?<=\n)|(?=\r(?!\r?\n))", self.written):
-            screen.feed(part)
-            yield screen.rows
 
 
 def environment(hub: RealHub | ScriptedHub, env: Mapping[str, str]) -> dict[str, str]:

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from posixpath import normpath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
 
 import pytest
 from processes import PROGRAM
@@ -26,21 +21,16 @@ from scripted_hub import (
     ALL_SCOPES,
     LONG_AGO,
     NO_ACCESS,
-    PREFIX,
-    Answer,
     BulkHub,
     Exchange,
     Reply,
     Request,
     ScriptedHub,
-    and_do,
-    as_json,
     edited,
     normal,
     redirect,
     respond,
     respond_json,
-    slow,
     swapped,
     then_do,
 )
@@ -89,105 +79,6 @@ def looks(scripted: ScriptedHub) -> list[Request]:
     return [request for request in scripted.requests if request.method == "GET" and request.path.startswith("/users/")]
 
 
-# A proxy that decodes paths
-
-
-class DecodedHub(ScriptedHub):
-    """Behind a proxy that decodes and resolves paths, as nginx does where its proxy_pass ends in $uri."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[str] = []  # before the proxy
-
-    def answer(self, request: Request) -> Answer:
-        self.sent.append(request.line)
-        path, mark, query = request.target.partition("?")
-        path = normpath(unquote(path))
-        segments = tuple(path.removeprefix(PREFIX).removeprefix("/").split("/"))
-        return super().answer(replace(request, target=quote(path) + mark + query, segments=segments))
-
-
-@pytest.fixture
-def decoded() -> Iterator[DecodedHub]:
-    with DecodedHub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def _eager_threads() -> Iterator[None]:
-    """Threads take turns after each step, so that a race is lost at once or never."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-ONE_USER = r"/users\?(.*&)?limit=1(&.*)?"
-SMALL_LISTS: list[list[object]] = [[]] * 75_000  # 300 KB of JSON
-
-
-def add_pairs(hub: ScriptedHub, count: int = 40) -> set[str]:
-    """Idle servers whose names, once decoded, lead to active ones of others; returns the active ones."""
-    for number in range(count):
-        hub.add(f"mallory-{number:02}", f"../../bob-{number:02}/servers/s1", idle=LONG_AGO)
-        hub.add(f"bob-{number:02}", "s1", idle=60)
-    return {f"bob-{number:02}/s1" for number in range(count)}
-
-
-@pytest.mark.usefixtures("_eager_threads")
-@pytest.mark.parametrize("late", [False, True], ids=["large", "large and late"])
-def test_no_active_server_is_stopped_while_a_large_answer_to_the_probe_is_read(
-    cull: Cull, decoded: DecodedHub, late: bool
-) -> None:
-    decoded.add("ann", idle=60, user_options={"lists": SMALL_LISTS})  # the first user: what the probe gets
-    decoded.add("zoe", idle=LONG_AGO)
-    active = add_pairs(decoded)
-    if late:
-        decoded.fault("GET", ONE_USER, *[slow(0.05 + 0.02 * turn) for turn in range(5)], times=None)
-    result = cull("--once", "--timeout=1h", "--url", decoded.url, token=decoded.token)
-    assert active <= decoded.running()
-    assert decoded.lines("DELETE") == ["DELETE /users/zoe/server"]
-    assert result.exit_code == 1
-
-
-def test_a_probe_whose_answer_cannot_be_read_is_no_proof(cull: Cull, decoded: DecodedHub) -> None:
-    decoded.add("ann", idle=60, user_options={"deep": "DEEP"})
-    decoded.add("zoe", idle=LONG_AGO)
-    decoded.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
-    active = add_pairs(decoded, 5)
-    result = cull("--once", "--timeout=1h", "--url", decoded.url, token=decoded.token)
-    assert active <= decoded.running()
-    assert decoded.lines("DELETE") == ["DELETE /users/zoe/server"]
-    assert result.exit_code == 1
-
-
-@pytest.mark.parametrize("decodes", [True, False], ids=["decodes", "passes on"])
-def test_one_probe_is_enough_for_all_workers(cull: Cull, decoded: DecodedHub, decodes: bool) -> None:
-    hub = decoded if decodes else ScriptedHub()
-    with hub:
-        active = add_pairs(hub, 20)
-        hub.fault("GET", "/?%2Fusers.*", slow(0.3), times=None)
-        hub.fault("GET", ONE_USER, slow(0.3), times=None)
-        result = cull("--once", "--timeout=1h", "--url", hub.url, token=hub.token)
-        sent = decoded.sent if decodes else hub.lines()
-    assert len([line for line in sent if re.match("GET /?%2Fusers", line)]) == 1
-    assert active <= hub.running()
-    assert len(hub.lines("DELETE")) == (0 if decodes else 20)
-    assert result.exit_code == int(decodes)
-
-
-@pytest.mark.parametrize(("version", "stopped"), [("0.9.6", True), ("1.0.0", False), ("6.1.1", False)])
-def test_only_jupyterhub_0_9_may_answer_the_probe_with_500(
-    cull_scripted: Cull, scripted: ScriptedHub, version: str, stopped: bool
-) -> None:
-    """It does so for each path that it does not know."""
-    scripted.version = version
-    scripted.add("what?", idle=LONG_AGO)
-    scripted.fault("GET", "/users%3F.*", respond_json(500, {"status": 500, "message": "Internal"}), times=None)
-    assert cull_scripted("--timeout=1h").exit_code == (0 if stopped else 1)
-    assert scripted.running() == (set() if stopped else {"what?"})
-
-
 # An ingress that answers for the Hub
 
 
@@ -228,14 +119,13 @@ def test_a_user_without_servers_who_is_back_is_not_deleted_though_an_ingress_ans
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("concurrency", ["1", "10"])
-@pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=["servers", "users too"])
+@pytest.mark.parametrize("kind", ["server", "user"])
 def test_where_no_look_is_answered_the_user_list_tells_who_is_still_due(
-    cull_scripted: Cull, scripted: ScriptedHub, flags: list[str], concurrency: str
+    cull_scripted: Cull, scripted: ScriptedHub, kind: str
 ) -> None:
     back, away = {f"user-{number}" for number in range(0, 30, 3)}, {f"user-{n}" for n in range(30) if n % 3}
     for number in range(30):
-        scripted.add(f"user-{number}", idle=LONG_AGO)
+        (scripted.add if kind == "server" else scripted.add_user)(f"user-{number}", idle=LONG_AGO)
 
     def some_come_back() -> None:
         for name in back:
@@ -243,24 +133,13 @@ def test_where_no_look_is_answered_the_user_list_tells_who_is_still_due(
 
     scripted.fault("GET", "/users/.*", then_do(some_come_back, of=foreign(404)))
     scripted.fault("GET", "/users/.*", foreign(404), times=None)
-    result = cull_scripted("--timeout=1h", "--json", "--api-page-size=7", f"--concurrency={concurrency}", *flags)
-    assert scripted.running() == back
-    assert set(scripted.users) == (back if flags else back | away)
-    assert outcomes(result, "spared") >= back
-    assert outcomes(result, "culled") >= away
-    assert outcomes(result, "failed") == outcomes(result, "gone") == set()
-    assert len(lists(scripted)) > 5
-    assert result.exit_code == 0
-
-
-def test_to_find_a_user_in_the_user_list_again_takes_a_page_or_two(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    for number in range(400):
-        scripted.add(f"user-{number}", idle=LONG_AGO if number % 10 == 7 else 60)
-    scripted.fault("GET", "/users/.*", foreign(404), times=None)
-    result = cull_scripted("--timeout=1h", "--api-page-size=20")
-    assert len(scripted.lines("DELETE")) == 40
-    assert len(lists(scripted)) > 22  # the scan alone takes 20, and perhaps some more
-    assert len(lists(scripted)) <= 22 + 3 * 40
+    result = cull_scripted(
+        *("--timeout=1h", "--json", "--api-page-size=7", "--concurrency=1"), *["--cull-users"] * (kind == "user")
+    )
+    assert (scripted.running() if kind == "server" else set(scripted.users)) == back
+    prefix = "" if kind == "server" else "user "
+    assert outcomes(result, "spared") == {f"{prefix}{name}" for name in back}
+    assert outcomes(result, "culled") == {f"{prefix}{name}" for name in away}
     assert result.exit_code == 0
 
 
@@ -292,7 +171,7 @@ def test_where_nothing_shows_who_is_due_nothing_is_stopped(cull_scripted: Cull, 
     assert scripted.running() == {"ann"}
     assert scripted.lines("DELETE") == []
     assert outcomes(result, "failed") == {"ann"}
-    assert result.exit_code in (1, 3)
+    assert result.exit_code == 1
 
 
 @pytest.mark.parametrize("kind", ["server", "user"])
@@ -369,7 +248,7 @@ def test_servers_that_a_filtered_scope_does_not_cover_have_failed(cull_scripted:
     assert scripted.running() == outside
     assert outcomes(result, "failed") == outside
     assert outcomes(result, "culled") == {f"student-{number}" for number in range(5)}
-    assert result.exit_code in (1, 3)
+    assert result.exit_code == 1
     assert "delete:servers!group=students" in result.err
     # One line for the first of them, another for how many more there are.
     assert len([line for line in result.lines if line.startswith("ERROR")]) <= 2
@@ -384,7 +263,7 @@ def test_users_whom_a_filtered_scope_does_not_cover_have_failed(cull_scripted: C
     result = cull_scripted("--timeout=1h", "--json", "--cull-users")
     assert set(scripted.users) == {f"teacher-{number}" for number in range(5)}
     assert outcomes(result, "failed") == {f"user teacher-{number}" for number in range(5)}
-    assert result.exit_code in (1, 3)
+    assert result.exit_code == 1
     assert "delete:users!group=students" in result.err
     assert len([line for line in result.lines if line.startswith("ERROR")]) <= 2
 
@@ -396,7 +275,7 @@ def test_a_404_for_a_server_that_still_runs_is_no_success_without_a_filter_eithe
     scripted.fault("DELETE", ".*", of_hub(404, NO_ACCESS), times=None)
     result = cull_scripted("--timeout=1h", "--json")
     assert outcomes(result, "failed") == {"ann"}
-    assert result.exit_code in (1, 3)
+    assert result.exit_code == 1
 
 
 # What users choose for their servers
@@ -427,20 +306,29 @@ def is_refused(text: bytes) -> bool:
     return False
 
 
-@pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=["servers", "users too"])
 @pytest.mark.parametrize("depth", [1_000, 5_000, TOO_DEEP])
 def test_only_a_user_with_options_that_are_too_deep_is_left_out(
-    cull_scripted: Cull, scripted: ScriptedHub, depth: int, flags: list[str]
+    cull_scripted: Cull, scripted: ScriptedHub, depth: int
 ) -> None:
     names = add_due(scripted, 60, {17: "DEEP"})
+    scripted.add_user("zoe", idle=LONG_AGO)
     scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(depth)), times=None)
-    result = cull_scripted("--timeout=1h", "--api-page-size=50", *flags)
+    result = cull_scripted("--timeout=1h", "--api-page-size=50", "--cull-users")
     left_out = {names[17]} if is_refused(deep(depth)) else set()
     assert scripted.running() == left_out
-    assert set(scripted.users) == (set(names) if not flags else left_out)
-    assert result.exit_code == 0
-    assert len(result.warnings) == len(left_out)
-    assert len(lists(scripted)) <= 2 + 25  # far fewer than the 50 users of a page
+    assert set(scripted.users) == set(names)
+    assert result.exit_code == len(result.errors) == len(left_out)
+
+
+def test_who_is_left_out_is_said_once_however_often_the_user_list_is_read(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    names = add_due(scripted, 20, {17: "DEEP"})
+    scripted.fault("GET", "/users/.*", foreign(404), times=None)
+    scripted.fault("GET", "/users", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
+    result = cull_scripted("--timeout=1h", "--concurrency=1")
+    assert scripted.running() == {names[17]}
+    assert (result.exit_code, len(result.errors)) == (1, 1)
 
 
 @pytest.mark.parametrize("odd", [(0,), (49,), (50,), (59,), (0, 1, 2), (5, 25, 45, 55)], ids=str)
@@ -451,21 +339,21 @@ def test_users_with_deep_options_are_found_wherever_they_are(
     scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
     result = cull_scripted("--timeout=1h", "--api-page-size=50")
     assert scripted.running() == {names[number] for number in odd}
-    assert result.exit_code == 0
-    assert len(lists(scripted)) <= 2 + 25 * len(odd)
-    assert f" after {names[odd[0] - 1] if odd[0] else 'the start'} is left out: " in result.warnings[0]
+    assert result.exit_code == 1
+    assert len(lists(scripted)) <= 2 + 60
+    for number, error in zip(odd, result.errors, strict=True):
+        assert f" user {number + 1} of the list " in error
+        assert f" (after {names[number - 1]}) " in error or number - 1 in (-1, *odd)
 
 
-@pytest.mark.parametrize("too_many", [False, True])
 def test_many_users_with_deep_options_end_the_list(
-    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, too_many: bool
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cull_idle, "MOST_LEFT_OUT", 4)
-    names = add_due(scripted, 10, dict.fromkeys(range(2, 7 if too_many else 6), "DEEP"))
+    names = add_due(scripted, 10, dict.fromkeys(range(2, 7), "DEEP"))
     scripted.fault("GET", r"/users\b.*", swapped(b'"DEEP"', deep(TOO_DEEP)), times=None)
-    result = cull_scripted("--timeout=1h", "--api-page-size=5")
-    assert scripted.running() == set(names[2:] if too_many else names[2:6])
-    assert result.exit_code == (3 if too_many else 0)
+    assert cull_scripted("--timeout=1h", "--api-page-size=5").exit_code == 1
+    assert scripted.running() == set(names[2:])
 
 
 def test_only_a_user_with_a_number_that_is_too_long_is_left_out(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -474,12 +362,13 @@ def test_only_a_user_with_a_number_that_is_too_long_is_left_out(cull_scripted: C
     scripted.fault("GET", r"/users\b.*", swapped(b'"DIGITS"', b"7" * 5000), times=None)
     result = cull_scripted("--timeout=1h", "--api-page-size=50")
     assert scripted.running() == {names[17]}
-    assert result.exit_code == 0
+    assert result.exit_code == 1
 
 
 def test_a_hub_without_pages_and_with_deep_options_is_not_asked_for_ever(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
+    scripted.version = "1.5.1"
     add_due(scripted, 20, {7: "DEEP"})
     plain = edited(lambda body: body["items"])
     of_old = swapped(b'"DEEP"', deep(TOO_DEEP), of=plain)
@@ -529,18 +418,15 @@ def measured(hub: ScriptedHub, directory: Path, *args: str) -> Measured:
     return Measured(done.returncode, done.stdout, done.stderr, int(peak.read_text()) * 1024.0)
 
 
-@pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=["servers", "users too"])
-def test_one_users_huge_options_neither_fill_the_memory_nor_save_others(
-    scripted: ScriptedHub, tmp_path: Path, flags: list[str]
-) -> None:
+def test_one_users_huge_options_neither_fill_the_memory_nor_save_others(scripted: ScriptedHub, tmp_path: Path) -> None:
     names = add_due(scripted, 50, {20: "HUGE"})
     huge = b"[" + b"[]," * 4_000_000 + b"[]]"  # 12 MB
     scripted.fault("GET", r"/users\b.*", swapped(b'"HUGE"', huge), times=None)
-    run = measured(scripted, tmp_path, "--timeout=1h", *flags)
+    run = measured(scripted, tmp_path, "--timeout=1h")
     assert run.peak < 128 * 2**20
     assert scripted.running() == {names[20]}
-    assert run.exit_code == 0
-    assert "WARNING" in run.err
+    assert run.exit_code == 1
+    assert " user 21 of the list (after user-019) is left out: " in run.err
 
 
 def test_20000_due_servers_take_at_most_80_MB(tmp_path: Path) -> None:  # noqa: N802 -- a unit
@@ -701,76 +587,6 @@ def test_an_offset_of_4000_digits_is_printed_cut(cull_scripted: Cull, scripted: 
     assert len(lists(scripted)) < 20
 
 
-# A login right after the own stop
-
-
-@pytest.mark.parametrize("after", [0.6, 0.9, None], ids=["0.6 s", "0.9 s", "never"])
-def test_a_login_soon_after_the_own_stop_keeps_the_user(
-    cull_scripted: Cull, scripted: ScriptedHub, after: float | None
-) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add("bob", idle=LONG_AGO)
-    stopped = threading.Event()
-
-    def stop_slowly() -> None:
-        assert stopped.wait(10)
-        time.sleep(after or 1)
-        if after:
-            scripted.users["ann"].last_activity = scripted.now
-        time.sleep(0.3)
-
-    scripted.fault("DELETE", "/users/ann/server", and_do(stopped.set))
-    scripted.fault("DELETE", "/users/bob/server", then_do(stop_slowly))
-    result = cull_scripted("--timeout=1h", "--cull-users")
-    assert scripted.running() == set()
-    assert set(scripted.users) == ({"ann"} if after else set())
-    assert result.exit_code == 0
-
-
-# A user list without an end
-
-
-def endless(items: Callable[[int], list[object]]) -> Reply:
-    """Pages that go on one further, for ever; the first is as it should be."""
-
-    def reply(exchange: Exchange) -> Answer:
-        offset = int(exchange.request.query.get("offset", 0))
-        models = items(offset) if offset else json.loads(exchange.normal().body)["items"]
-        following = {"offset": offset + 1, "limit": 1}
-        return as_json(200, {"items": models, "_pagination": {"offset": offset, "limit": 1, "next": following}})
-
-    return reply
-
-
-@pytest.mark.parametrize(
-    ("users", "content"),
-    [
-        (5, "empty"),
-        (5, "the same user"),
-        (5, "the same page"),
-        (5, "nobody readable"),
-        (0, "empty"),
-        (0, "nobody readable"),
-    ],
-)
-def test_a_pagination_without_an_end_is_ended(
-    cull_scripted: Cull, scripted: ScriptedHub, users: int, content: str
-) -> None:
-    add_due(scripted, users)
-    models = json.loads(scripted.normal(list_request(scripted)).body)["items"]
-    later = {"empty": [], "the same user": models[:1], "the same page": models, "nobody readable": [None]}[content]
-    scripted.fault("GET", "/users", endless(lambda offset: later), times=300)
-    result = cull_scripted("--timeout=1h")
-    assert len(lists(scripted)) < 20
-    assert scripted.running() == set()
-    assert result.exit_code in (0, 3)
-
-
-def list_request(scripted: ScriptedHub) -> Request:
-    headers = {"authorization": f"token {scripted.token}", "accept": "application/jupyterhub-pagination+json"}
-    return Request("GET", f"{PREFIX}/users", ("users",), {}, headers, b"", 0.0)
-
-
 # A token that is revoked during the pass
 
 
@@ -811,97 +627,8 @@ def test_a_token_that_is_refused_ends_the_pass(
     assert "403" in result.err
 
 
-# Pages that shift while they are read
-
-
-class Churn:
-    """Before each page, users of the pages that were read leave, or new ones come."""
-
-    def __init__(self, scripted: ScriptedHub, *, leave: int, come_first: int, come_last: int) -> None:
-        self.scripted, self.leave, self.come_first, self.come_last = scripted, leave, come_first, come_last
-        self.new = 0
-        scripted.fault("GET", "/users", self.reply, times=None)
-
-    def reply(self, exchange: Exchange) -> Answer:
-        offset = int(exchange.request.query.get("offset", 0))
-        if offset:
-            users = self.scripted.users
-            passing = [name for name in list(users)[:offset] if name.startswith("passing")]
-            for name in passing[: self.leave]:
-                del users[name]
-            for _ in range(self.come_first + self.come_last):
-                self.new += 1
-                self.scripted.add(f"new-{self.new}", idle=60)
-            if self.come_first:
-                first = list(users)[-self.come_first :]
-                self.scripted.users = {name: users[name] for name in dict.fromkeys([*first, *users])}
-        return exchange.normal()
-
-
-def test_a_server_that_becomes_ready_between_two_pages_is_counted_once_as_are_all_others(
-    cull_scripted: Cull, scripted: ScriptedHub
-) -> None:
-    for number in range(400):
-        if number == 197:
-            scripted.add_user("user-197", idle=60)
-        else:
-            scripted.add(f"user-{number}", idle=60)
-    # The pages overlap there: users of the first page stand before it and after it.
-    scripted.fault("GET", "/users", and_do(lambda: scripted.add("user-197", idle=60)))
-    result = cull_scripted("--timeout=1h", "--api-page-size=200", "-v")
-    kept = [line.split()[2].rstrip(":") for line in result.lines if " kept user-" in line]
-    assert sorted(kept) == sorted(f"user-{number}" for number in range(400))
-    assert result.counts["running"] == 400
-
-
-def test_a_user_list_that_stays_as_it_is_costs_hardly_more_requests_than_it_has_pages(
-    cull_scripted: Cull, scripted: ScriptedHub
-) -> None:
+def test_a_user_list_costs_as_many_requests_as_it_has_pages(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     for number in range(2000):
         scripted.add(f"user-{number}", idle=60)
     assert cull_scripted("--timeout=1h", "--api-page-size=50").exit_code == 0
-    assert len(lists(scripted)) <= 1.03 * 40
-
-
-def add_passing_and_due(scripted: ScriptedHub) -> set[str]:
-    """600 users, every third of whom may leave; returns the others, who are due."""
-    for number in range(600):
-        if number % 3 == 0:
-            scripted.add(f"passing-{number}", idle=60)
-        else:
-            scripted.add(f"due-{number}", idle=LONG_AGO)
-    return {name for name in scripted.users if name.startswith("due")}
-
-
-@pytest.mark.parametrize(
-    ("leave", "come_first", "come_last"),
-    [
-        pytest.param(2, 0, 0, id="few leave"),
-        pytest.param(20, 0, 0, id="many leave"),
-        pytest.param(20, 0, 20, id="as many come at the end"),
-        pytest.param(20, 15, 5, id="some come at the beginning, too"),
-        pytest.param(0, 20, 0, id="many come"),
-    ],
-)
-@pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=["servers", "users too"])
-def test_users_who_come_and_go_during_the_scan_hide_nobody(
-    cull_scripted: Cull, scripted: ScriptedHub, flags: list[str], leave: int, come_first: int, come_last: int
-) -> None:
-    due = add_passing_and_due(scripted)
-    Churn(scripted, leave=leave, come_first=come_first, come_last=come_last)
-    result = cull_scripted("--timeout=1h", "--api-page-size=100", "--dry-run", "--json", *flags)
-    planned = outcomes(result, "planned")
-    assert len(due - planned) <= 4  # 1 %
-    assert len({f"user {name}" for name in due} - planned) <= 4 or not flags
-    assert len(result.out.splitlines()) == len(planned) + 1  # nobody is planned twice
-    assert result.exit_code == 0
-
-
-def test_a_scan_while_users_leave_costs_few_requests(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    due = add_passing_and_due(scripted)
-    Churn(scripted, leave=20, come_first=0, come_last=20)
-    result = cull_scripted("--timeout=1h", "--api-page-size=100")
-    stopped = scripted.lines("DELETE")
-    assert len(stopped) == len(set(stopped)) >= 0.99 * len(due)
-    assert len(lists(scripted)) - 600 / 100 <= 0.03 * len(scripted.requests)
-    assert result.exit_code == 0
+    assert len(lists(scripted)) == 40

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
-from email.utils import format_datetime
 
 import pytest
 from runs import Cull
 from scripted_hub import (
     LONG_AGO,
-    Answer,
-    Exchange,
     Reply,
     ScriptedHub,
     done_but_lost,
@@ -109,32 +105,12 @@ def test_a_culled_server_and_a_deleted_user_are_said_with_idle_time_and_limit(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
     scripted.add("ann", idle=LONG_AGO)
+    scripted.add_user("bob", idle=LONG_AGO)
     result = cull_scripted("--timeout", "1h", "--cull-users", "--user-timeout", "30m")
     assert result.said == {
         "ann": ("INFO", "culled", "idle 2h, limit 1h"),
-        "user ann": ("INFO", "deleted", "idle 2h, limit 30m"),
+        "user bob": ("INFO", "deleted", "idle 2h, limit 30m"),
     }
-
-
-def test_a_server_is_stopped_and_then_its_user_deleted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add("ann", "gpu", idle=LONG_AGO)
-    result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.exit_code == 0
-    assert scripted.users == {}
-    deletes = scripted.lines("DELETE")
-    assert sorted(deletes[:2]) == ["DELETE /users/ann/server", "DELETE /users/ann/servers/gpu"]
-    assert deletes[2:] == ["DELETE /users/ann"]
-
-
-def test_around_each_stop_a_user_who_may_be_deleted_is_looked_at(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    """Else the stop of another server of the user could pass for an activity of the user."""
-    for name in ("", "a", "b", "c"):
-        scripted.add("ann", name, idle=LONG_AGO)
-    assert cull_scripted("--timeout", "1h", "--cull-users").exit_code == 0
-    methods = [line.split()[0] for line in scripted.lines() if "/users/ann" in line]
-    assert methods == ["GET", "DELETE", "GET"] * 4 + ["GET", "DELETE"]
-    assert scripted.users == {}
 
 
 def test_a_server_that_takes_longer_than_the_hub_waits_is_stopping_and_keeps_its_user(
@@ -144,7 +120,7 @@ def test_a_server_that_takes_longer_than_the_hub_waits_is_stopping_and_keeps_its
     scripted.add("ann", idle=LONG_AGO, stops=False)
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
-    assert result.outcomes == {"ann": "stopping", "user ann": "spared"}
+    assert result.outcomes == {"ann": "stopping"}
     assert "ann" in scripted.users
     assert scripted.lines("DELETE") == ["DELETE /users/ann/server"]
 
@@ -198,18 +174,10 @@ def test_a_refusal_that_is_not_the_hubs_concerns_one_server_only(
     assert "scope" not in result.err
 
 
-def test_after_a_403_for_a_server_no_user_is_deleted(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add_user("bob", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", of_hub(403))
-    result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.exit_code == 3
-    assert set(scripted.users) == {"ann", "bob"}
-
-
 def test_after_a_403_a_stop_in_flight_that_works_does_not_let_the_pass_go_on(
-    cull_scripted: Cull, scripted: ScriptedHub
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("random.sample", lambda items, _: items)
     scripted.add("ann", idle=LONG_AGO)
     scripted.add("bob", idle=LONG_AGO)
     scripted.add_user("cat", idle=LONG_AGO)
@@ -307,7 +275,7 @@ def test_only_after_a_500_is_the_user_looked_for(cull_scripted: Cull, scripted: 
         pytest.param(respond_json(409, {"message": None}), "409", id="no message"),
         pytest.param(respond_json(507, ["full"]), "507", id="a list"),
         pytest.param(respond(501, b"<h1>no</h1>"), "501", id="HTML"),
-        pytest.param(respond(200), "200", id="an unknown success"),
+        pytest.param(respond(200), "the Hub answered", id="an unknown success"),
         pytest.param(respond_json(451, {"message": "word " * 999}), "451 (word word", id="a novel"),
         pytest.param(redirect("http://127.0.0.1:1/elsewhere"), "http://127.0.0.1:1/elsewhere", id="a redirect"),
     ],
@@ -347,31 +315,6 @@ def test_a_delete_whose_answer_is_lost_is_looked_at_again(
     result = cull_scripted("--timeout", "1h", ann)
     assert result.exit_code == 0
     assert result.outcomes[name] == ("culled" if path.endswith("server") else "deleted")
-
-
-def test_a_stop_whose_answer_is_lost_is_no_activity_of_the_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.fault("DELETE", "/users/ann/server", done_but_lost())
-    assert cull_scripted("--timeout=1h", "--cull-users").outcomes == {"ann": "culled", "user ann": "deleted"}
-    assert scripted.users == {}
-
-
-def test_a_user_who_comes_back_after_a_stop_whose_answer_is_lost_is_not_deleted(
-    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cull_idle, "DATE_ERROR", timedelta(0))  # so that it need not take seconds
-    scripted.add("ann", idle=LONG_AGO)
-    comes_back = threading.Timer(0.5, lambda: setattr(scripted.users["ann"], "last_activity", scripted.now))
-
-    def lost(exchange: Exchange) -> Answer:
-        exchange.normal()
-        comes_back.start()
-        return respond(503, headers={"Retry-After": "2"})(exchange)
-
-    scripted.fault("DELETE", "/users/ann/server", lost)
-    result = cull_scripted("--timeout=1h", "--cull-users")
-    assert result.outcomes == {"ann": "culled", "user ann": "spared"}
-    assert "ann" in scripted.users
 
 
 @pytest.mark.parametrize(("path", "name"), [SERVER, USER])
@@ -418,51 +361,29 @@ def test_pauses_grow() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_honoured_but_not_for_long(
-    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, status: int, form: str
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(cull_idle, "LONGEST_PAUSE", 0.25)
-    scripted.clock = lambda clock=scripted.clock: clock() - timedelta(hours=5)  # type: ignore[misc]
     scripted.add("ann", idle=LONG_AGO)
-    later = format_datetime(scripted.now + timedelta(minutes=10), usegmt=True) if form == "date" else "600"
-    scripted.fault("DELETE", "/users/ann/server", respond(status, headers={"Retry-After": later}))
+    scripted.fault("DELETE", "/users/ann/server", respond(status, headers={"Retry-After": "600"}))
     assert cull_scripted("--timeout", "1h").exit_code == 0
     assert 0.25 <= pause_before_retry(scripted) < 1.5
 
 
-@pytest.mark.parametrize("text", ["1", "a date"])
-def test_a_retry_after_longer_than_the_usual_pause_is_waited_for(
-    cull_scripted: Cull, scripted: ScriptedHub, text: str
-) -> None:
-    scripted.clock = lambda clock=scripted.clock: clock().replace(microsecond=0)  # type: ignore[misc]
+def test_a_retry_after_longer_than_the_usual_pause_is_waited_for(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
-    later = text if text == "1" else format_datetime(scripted.now + timedelta(seconds=3), usegmt=True)
-    scripted.fault("DELETE", "/users/ann/server", respond(503, headers={"Retry-After": later}))
+    scripted.fault("DELETE", "/users/ann/server", respond(503, headers={"Retry-After": "1"}))
     assert cull_scripted("--timeout", "1h").exit_code == 0
-    assert (1 if text == "1" else 1.5) <= pause_before_retry(scripted) < 3.5
+    assert 1 <= pause_before_retry(scripted) < 2.5
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "0",
-        "-600",
-        "soon",
-        "",
-        "2026-11-22T21:00:00Z",
-        "Mon, 01 Jan 2001 00:00:00 GMT",
-        "Mon, 01 Jan 2001 00:00:00 -0000",
-        "Mon, 99 Jan 2001",
-        "Mon, 01 Jan 99999999999 00:00:00 GMT",
-        "Mon, 01 Jan 2001 00:00:00 +99999999999999999999",
-        "\u00b2",
-    ],
+    ["0", "-600", "soon", "", "Mon, 01 Jan 2091 00:00:00 GMT", "\u00b2"],
     ids=ascii,
 )
-def test_a_retry_after_that_is_over_or_garbage_adds_nothing(
-    cull_scripted: Cull, scripted: ScriptedHub, text: str
-) -> None:
+def test_a_retry_after_that_is_no_number_adds_nothing(cull_scripted: Cull, scripted: ScriptedHub, text: str) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("DELETE", "/users/ann/server", respond(503, headers={"Retry-After": text}))
     assert cull_scripted("--timeout", "1h").exit_code == 0

@@ -100,7 +100,7 @@ def test_an_arbiter_may_be_in_a_module(
 def test_an_arbiter_that_fails_keeps_that_server_and_is_reported(
     cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
 ) -> None:
-    arbiter.write_text("def f(server): return 1 / (server['user_options']['x'])")
+    arbiter.write_text("def f(server): return 1 / (server['user_options']['x']) > 0")
     scripted.add("ann", idle=LONG_AGO, user_options={"x": 0})
     scripted.add("bob", idle=LONG_AGO, user_options={"x": 1})
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
@@ -138,7 +138,7 @@ def test_the_second_look_asks_the_arbiter_again(cull_scripted: Cull, scripted: S
 def test_an_arbiter_that_fails_in_the_second_look_is_reported(
     cull_scripted: Cull, scripted: ScriptedHub, arbiter: Path
 ) -> None:
-    arbiter.write_text("asked = []\ndef f(): asked.append(1); return 1 / (2 - len(asked))")
+    arbiter.write_text("asked = []\ndef f(): asked.append(1); return 1 / (2 - len(asked)) > 0")
     scripted.add("ann", idle=LONG_AGO)
     result = cull_scripted("--timeout=1h", f"--arbiter={arbiter}:f")
     assert result.said == {"ann": ("WARNING", "spared", "the arbiter failed: ZeroDivisionError: division by zero")}

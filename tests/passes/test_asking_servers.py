@@ -38,6 +38,7 @@ from scripted_hub import (
     raw,
     redirect,
     reset,
+    reset_in_body,
     respond,
     respond_json,
     slow,
@@ -154,7 +155,7 @@ def test_only_the_servers_own_clock_counts_for_what_it_says(cull_asking: Cull, s
     date = (datetime.now(UTC) - day).strftime("%a, %d %b %Y %H:%M:%S GMT")
     model = {"last_activity": (ago(65) - day).isoformat()}
     scripted.fault("GET", "/user/ann/api/status", respond_json(200, model, {"Date": date}), times=None)
-    assert "active again 1m0" in cull_asking("--idle-by=both").err
+    assert "spared ann: idle 1m0" in cull_asking("--idle-by=both").err
     assert scripted.running() == {"ann"}
 
 
@@ -220,29 +221,28 @@ def test_who_is_due_soon_by_its_own_word_is_warned(cull_asking: Cull, scripted: 
     assert result.outcomes == {"ann": "warned", "bob": "warned"}
 
 
-def test_who_explains_a_user_asks_all_servers_of_the_user(cull: Cull, scripted: ScriptedHub) -> None:
+def test_who_explains_a_server_asks_only_that_one(cull: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=10, age=9 * HOUR, says=FakeJupyter(ago(LONG_AGO)), user_idle=LONG_AGO)
     scripted.add("ann", "gpu", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
     args = ["--url", scripted.url, "--timeout=1h", "--idle-by=server", "--cull-users", "--explain=ann"]
-    explained = dict(line.split(maxsplit=1) for line in cull(*args, token=scripted.token).out.splitlines())
-    assert explained["asked"] == "yes"
-    assert explained["verdict"].startswith("kept: ann/gpu ")
-    assert {request.target.split("?")[0] for request in asked(scripted) if "kernels" in request.target} == {
-        "/user/ann/api/kernels",
-        "/user/ann/gpu/api/kernels",
-    }
+    explained = [line.split(maxsplit=1) for line in cull(*args, token=scripted.token).out.splitlines()]
+    assert ["asked", "yes"] in explained
+    of_server, of_user = (fact for label, fact in explained if label == "verdict")
+    assert of_server.startswith("would be stopped: ")
+    assert of_user.startswith("kept: ")
+    assert not any("/gpu/" in request.target for request in asked(scripted))
 
 
 @pytest.mark.parametrize("look", ["--dry-run", "--explain=ann"])
 @pytest.mark.parametrize("mode", ["both", "server"])
-def test_who_only_looks_asks_only_where_the_hubs_word_does_not_count(
+def test_a_dry_run_asks_only_where_the_hubs_word_does_not_count_and_who_explains_always(
     cull: Cull, scripted: ScriptedHub, mode: str, look: str
 ) -> None:
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
     result = cull("--url", scripted.url, "--timeout=1h", "--idle-by", mode, look, "-v", token=scripted.token)
     assert result.exit_code == 0
-    assert bool(asked(scripted)) == (mode == "server")
-    assert ("kernel busy" in result.out) == (mode == "server")
+    asks = (mode, look) != ("both", "--dry-run")
+    assert (bool(asked(scripted)), "kernel busy" in result.out) == (asks, asks)
     assert scripted.tokens == {}
 
 
@@ -366,24 +366,13 @@ def test_while_scanning_a_token_that_is_not_made_keeps_one_server_only(
     assert scripted.running() == {"ann"}
 
 
-@pytest.mark.parametrize("mode", ["both", "server"])
-def test_no_token_is_made_if_a_proxy_would_lead_to_another_user(
-    cull_asking: Cull, scripted: ScriptedHub, mode: str
-) -> None:
-    scripted.add("../bob", idle=LONG_AGO, age=9 * HOUR)
-    scripted.fault("GET", "%2Fusers.*", respond_json(200, []), times=None)
-    cull_asking("--idle-by", mode)
-    assert not any(request.method == "POST" for request in scripted.requests)
-    assert scripted.running() == {"../bob"}
-
-
 def test_whom_a_filtered_scope_does_not_cover_the_hub_decides_about(cull_asking: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
     scripted.add("bob", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
     refused = respond_json(403, {"status": 403, "message": "no permissions to generate tokens"})
     scripted.fault("POST", "/users/ann/tokens", refused, times=None)
     result = cull_asking("--idle-by=both", "--json")
-    assert total(result)["no_answer"] == 1
+    assert (total(result)["asked"], total(result)["no_answer"]) == (2, 0)
     assert scripted.running() == {"bob"}
     assert len(result.warnings) == 1
 
@@ -406,16 +395,11 @@ def test_nothing_that_a_server_or_the_environment_plants_is_sent(
 
 # Hostile servers
 
-HOSTILE: dict[str, Reply] = {
-    **{str(code): respond(code) for code in CODES if code not in (401, 403)},
+# Of these the Hub's word counts.
+ANSWERS: dict[str, Reply] = {
+    **{str(code): respond(code) for code in CODES},
     "HTML": html(),
     "nothing": respond(200),
-    "no HTTP": raw(b"\x00" * 100),
-    "headers without end": raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000),
-    "cut off": truncated(of=respond_json(200, [])),
-    "reset": reset(),
-    "silence": hang(),
-    "drip": drip(0.05, of=respond_json(200, ["x" * 1000])),
     "2 MiB": respond_json(200, [{"id": "x" * (2 << 20)}]),
     "4 GiB": respond(200, b"[" * (2 << 20), {"Content-Length": str(4 << 30)}),
     "zipped": respond(200, b"\x1f\x8b" + b"\0" * 100, {"Content-Encoding": "gzip"}),
@@ -430,51 +414,61 @@ HOSTILE: dict[str, Reply] = {
     "a wrong time": respond_json(200, [{"last_activity": "soon"}]),
     "an odd time": respond_json(200, [{"last_activity": {}}]),
     "no such day": respond_json(200, [{"last_activity": "2026-02-30T00:00:00Z"}]),
+    "cut off": truncated(of=respond_json(200, [])),
 }
-
-
-# 404 from api/terminals says that they are switched off.
-HOSTILE_AT = [
-    (p, how) for p in ("kernels", "terminals", "status") for how in HOSTILE if (p, how) != ("terminals", "404")
+# These are kept: a computation may starve its server.
+NO_ANSWERS: dict[str, Reply] = {
+    "no HTTP": raw(b"\x00" * 100),
+    "headers without end": raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000),
+    "reset": reset(),
+    "reset in the body": reset_in_body(of=respond_json(200, [])),
+    "silence": hang(),
+    "drip": drip(0.05, of=respond_json(200, ["x" * 1000])),
+}
+HOSTILE = [
+    (path, how)
+    for path in ("kernels", "terminals", "status")
+    for how in (*ANSWERS, *NO_ANSWERS)
+    if (path, how) != ("terminals", "404")  # which says that they are switched off
 ]
 
 
-@pytest.mark.parametrize(("path", "how"), HOSTILE_AT)
-def test_a_hostile_server_is_judged_by_the_hubs_word_and_alone(
-    cull_asking: Cull, scripted: ScriptedHub, how: str, path: str
-) -> None:
+@pytest.mark.parametrize(("path", "how"), HOSTILE)
+def test_a_hostile_server_affects_only_itself(cull_asking: Cull, scripted: ScriptedHub, how: str, path: str) -> None:
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(1)))
     scripted.add("bob", idle=LONG_AGO, age=9 * HOUR)
     scripted.add("cat", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
-    scripted.fault("GET", f"/user/ann/api/{path}", HOSTILE[how], times=None)
+    scripted.fault("GET", f"/user/ann/api/{path}", {**ANSWERS, **NO_ANSWERS}[how], times=None)
     began = time.monotonic()
     result = cull_asking("--idle-by=both", "--json", "--request-timeout=0.4s", "--concurrency=1")
     assert time.monotonic() - began < 3
     assert result.exit_code == 0
-    assert scripted.running() == {"cat"}
-    assert [total(result)[what] for what in ("asked", "busy", "no_answer", "failed")] == [3, 1, 1, 0]
+    assert any("ann" in warning for warning in result.warnings)
+    kept = how in NO_ANSWERS
+    assert scripted.running() == ({"ann", "cat"} if kept else {"cat"})
+    assert [total(result)[what] for what in ("asked", "busy", "no_answer", "failed")] == [3, 1, int(kept), 0]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib3 leaves a socket open then
-def test_a_hostile_server_with_two_lengths_is_judged_by_the_hubs_word(cull_asking: Cull, scripted: ScriptedHub) -> None:
+def test_a_hostile_server_with_two_lengths_is_kept(cull_asking: Cull, scripted: ScriptedHub) -> None:
     for name in ("ann", "bob"):
         scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter())
     two_lengths = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1, 2\r\n\r\n[]")
     scripted.fault("GET", "/user/ann/.*", two_lengths, times=None)
     assert cull_asking("--idle-by=both").exit_code == 0
-    assert scripted.running() == set()
+    assert scripted.running() == {"ann"}
     gc.collect()
 
 
 def test_a_server_that_is_slow_on_purpose_has_one_timeout_for_all_its_answers(
     cull_asking: Cull, scripted: ScriptedHub
 ) -> None:
-    """Each answer comes just in time, and each connection is lost once."""
+    """Each answer comes just in time."""
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(2 * HOUR)))
-    for path in ("kernels", "terminals", "status"):
-        scripted.fault("GET", f"/user/ann/api/{path}", slow(0.8, of=reset()), slow(0.8), times=None)
+    scripted.fault("GET", "/user/ann/api/.*", slow(0.8), times=None)
     cull_asking("--idle-by=both", "--request-timeout=1s")
-    assert [request.path for request in asked(scripted)] == ["/user/ann/api/kernels"] * 2
+    assert [request.path for request in asked(scripted)] == ["/user/ann/api/kernels", "/user/ann/api/terminals"]
+    assert scripted.running() == {"ann"}
 
 
 def test_a_redirect_is_not_followed(cull_asking: Cull, scripted: ScriptedHub, elsewhere: ScriptedHub) -> None:
@@ -568,53 +562,32 @@ def test_a_connection_that_is_lost_once_hides_no_busy_kernel(
     assert scripted.running() == {"ann"}
 
 
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("mode", ["both", "server"])
-def test_where_every_server_refuses_its_token_nothing_is_stopped(
-    cull_asking: Cull, scripted: ScriptedHub, mode: str, status: int
-) -> None:
-    """The address is that of another Hub's proxy."""
-    for name in ("ann", "bob"):
-        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
-    scripted.fault("GET", "/user/.*", respond(status), times=None)
-    result = cull_asking("--idle-by", mode)
-    assert result.exit_code == 3
-    assert f"answered {status} to a token made for it" in result.err
-    assert "--servers-url" in result.err
-    assert scripted.running() == {"ann", "bob"}
-
-
 def to_the_hub(exchange: Exchange) -> Answer:
     return redirect(f"/hub{exchange.request.target}")(exchange)
 
 
-NOT_REACHED: dict[str, Reply] = {"401": respond(401), "403": respond(403), "a redirect": to_the_hub}
-
-
-@pytest.mark.parametrize("how", NOT_REACHED)
 @pytest.mark.parametrize("path", ["kernels", "terminals", "status"])
 @pytest.mark.parametrize("mode", ["both", "server"])
 @pytest.mark.parametrize("first", ["ann", "bob"])
-def test_a_server_that_alone_is_not_reached_is_kept_alone(
-    cull_asking: Cull, scripted: ScriptedHub, first: str, mode: str, path: str, how: str
+def test_a_server_that_alone_is_redirected_to_the_hub_is_kept_alone(
+    cull_asking: Cull, scripted: ScriptedHub, first: str, mode: str, path: str
 ) -> None:
     for name in (first, *({"ann", "bob"} - {first})):
         scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(ago(2 * HOUR)))
-    scripted.fault("GET", f"/user/ann/api/{path}", NOT_REACHED[how], times=None)
+    scripted.fault("GET", f"/user/ann/api/{path}", to_the_hub, times=None)
     result = cull_asking("--idle-by", mode, "--json", "--concurrency=1")
     assert result.exit_code == 0
     assert scripted.running() == {"ann"}
-    (warning,) = result.warnings
-    assert "ann" in warning
+    assert "ann" in result.warnings[-1]
     assert total(result)["no_answer"] == 0
     if first == "bob":  # whose answer shows that the address is right
         assert total(result)["asked"] == 2
 
 
-def test_many_servers_that_are_not_reached_do_not_end_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
-    for name in (*(f"refuses{number}" for number in range(12)), "zoe"):
+def test_many_servers_that_are_redirected_do_not_end_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    for name in (*(f"lost{number}" for number in range(12)), "zoe"):
         scripted.add(name, idle=LONG_AGO, age=9 * HOUR)
-    scripted.fault("GET", "/user/refuses.*", respond(403), times=None)
+    scripted.fault("GET", "/user/lost.*", to_the_hub, times=None)
     assert cull_asking("--idle-by=both", "--concurrency=1").exit_code == 0
     assert len(scripted.running()) == 12
 
@@ -633,7 +606,7 @@ def test_a_proxy_that_has_lost_its_routes_costs_no_busy_server(loop: RunLoop, sc
     assert "--servers-url" in second.errors[0]
 
 
-@pytest.mark.parametrize("how", [respond(503), respond(404), hang()], ids=["503", "404", "silence"])
+@pytest.mark.parametrize("how", [respond(503), hang()], ids=["503", "silence"])
 @pytest.mark.parametrize("mode", ["both", "server"])
 def test_a_proxy_that_fails_during_a_pass_costs_no_busy_server(
     cull_asking: Cull, scripted: ScriptedHub, mode: str, how: Reply
@@ -641,21 +614,19 @@ def test_a_proxy_that_fails_during_a_pass_costs_no_busy_server(
     for name in ("ann", "bob", "cat"):
         scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]))
     the_proxy_fails = then_do(lambda: scripted.fault("GET", "", how, times=None), how)
-    scripted.fault("GET", "/user/bob/.*", the_proxy_fails, times=None)
-    scripted.fault("GET", "/user/cat/.*", how, times=None)
+    scripted.fault("GET", "/user/(bob|cat)/.*", the_proxy_fails, times=None)
     cull_asking("--idle-by", mode, "--concurrency=1", "--request-timeout=0.3s")
     assert scripted.running() == {"ann", "bob", "cat"}
 
 
 def test_a_proxy_that_fails_for_good_ends_the_pass(cull_asking: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
     for number in range(20):
         scripted.add(f"user{number:02}", idle=LONG_AGO, age=9 * HOUR)
     the_proxy_fails = then_do(lambda: scripted.fault("GET", "", respond(503), times=None), respond(503))
-    scripted.fault("GET", "/user/user.*", the_proxy_fails, times=None)
+    scripted.fault("GET", "/user/.*", the_proxy_fails, times=None)
     result = cull_asking("--idle-by=both", "--concurrency=1")
     assert (result.exit_code, len(scripted.running())) == (1, 20)
-    assert (result.counts["failed"], result.counts["left undone"]) == (1, 19)
+    assert (result.counts["failed"], result.counts["left undone"]) == (10, 10)
 
 
 def test_a_version_that_is_no_number_is_not_that_of_a_hub(cull_asking: Cull, scripted: ScriptedHub) -> None:
@@ -692,35 +663,33 @@ def to_https(exchange: Exchange) -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "fault", "env"),
+    ("address", "env"),
     [
-        ("https", None, {"REQUESTS_CA_BUNDLE": "/no-such-directory/ca.pem"}),
-        ("https", None, {"HTTPS_PROXY": "socks5://127.0.0.1:1", "NO_PROXY": ""}),  # needs a package that is not there
-        ("http", to_https, {}),
+        ("https://127.0.0.1:PORT", {"REQUESTS_CA_BUNDLE": "/no-such-directory/ca.pem"}),
+        # needs a package that is not there
+        ("https://127.0.0.1:PORT", {"HTTPS_PROXY": "socks5://127.0.0.1:1", "NO_PROXY": ""}),
+        ("http://[hub.example.org", {}),
     ],
-    ids=["no CA file", "a proxy that requests cannot use", "an ingress that wants https"],
+    ids=["no CA file", "a proxy that requests cannot use", "no URL"],
 )
 def test_what_hinders_us_from_asking_is_not_an_answer_of_the_server(
-    cull_asking: Cull, scripted: ScriptedHub, scheme: str, fault: Reply | None, env: dict[str, str]
+    cull_asking: Cull, scripted: ScriptedHub, address: str, env: dict[str, str]
 ) -> None:
-    for name in ("ann", "bob"):
-        full_url = f"{scheme}://127.0.0.1:{scripted.port}/user/{name}/"
-        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]), extra={"full_url": full_url})
-    if fault:
-        scripted.fault("GET", "/user/.*", fault, times=None)
-    result = cull_asking("--idle-by=both", env=env)
-    assert result.exit_code == 3
-    assert "--servers-url" in result.err
-    assert scripted.running() == {"ann", "bob"}
-
-
-def test_an_address_from_the_hub_that_is_no_url_is_not_an_answer_of_the_server(
-    cull_asking: Cull, scripted: ScriptedHub
-) -> None:
-    full_url = {"full_url": "http://[hub.example.org/user/ann/"}
+    full_url = {"full_url": f"{address.replace('PORT', str(scripted.port))}/user/ann/"}
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]), extra=full_url)
-    assert cull_asking("--idle-by=both").exit_code == 3
+    result = cull_asking("--idle-by=both", "--json", env=env)
+    assert (result.exit_code, total(result)["no_answer"], len(result.warnings)) == (0, 1, 2)
     assert scripted.running() == {"ann"}
+
+
+def test_an_ingress_that_wants_https_is_not_an_answer_of_the_server(cull_asking: Cull, scripted: ScriptedHub) -> None:
+    """The Hub's public_url says http:."""
+    for name in ("ann", "bob"):
+        full_url = {"full_url": f"http://127.0.0.1:{scripted.port}/user/{name}/"}
+        scripted.add(name, idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(kernels=[BUSY]), extra=full_url)
+    scripted.fault("GET", "/user/.*", to_https, times=None)
+    assert cull_asking("--idle-by=both").exit_code == 3
+    assert scripted.running() == {"ann", "bob"}
 
 
 @pytest.mark.parametrize("mode", ["both", "server"])

@@ -60,7 +60,8 @@ def dated(shift: timedelta | None, of: Reply = Exchange.normal) -> Reply:
 @pytest.mark.parametrize("off", OFF)
 def test_a_hub_whose_clock_is_off_gets_the_same_decisions_for_the_same_reasons(cull: Cull, off: timedelta) -> None:
     expected, shown = plan(cull, timedelta(0)), plan(cull, off)
-    assert shown == expected
+    assert (shown.exit_code, shown.out) == (expected.exit_code, expected.out)
+    assert (len(expected.warnings), len(shown.warnings)) == (0, 1)
     would_be = {line.split()[0]: line for line in expected.table}
     assert "stopped: idle 2h" in would_be["idle"]
     assert "stopped: age 9h" in would_be["old"]
@@ -76,7 +77,7 @@ def test_a_hub_whose_clock_is_off_has_the_same_servers_stopped_and_users_deleted
     populate(scripted)
     assert cull_scripted(*ARGUMENTS).exit_code == 0
     assert scripted.running() == {"almost", "busy", "young", "pair/gpu"}
-    assert scripted.users.keys() == {"almost", "busy", "young", "pair", "awake"}
+    assert scripted.users.keys() == {"idle", "almost", "just", "busy", "old", "young", "pair", "awake"}
 
 
 @pytest.mark.parametrize("off", OFF)
@@ -89,7 +90,7 @@ def test_who_comes_back_is_spared_whatever_the_hubs_clock(
     result = cull_scripted(*ARGUMENTS)
     assert scripted.running() == {"ann"}
     assert scripted.lines("DELETE") == []
-    assert result.outcomes == {"ann": "spared", "user ann": "spared"}
+    assert result.outcomes == {"ann": "spared"}
 
 
 # The second look's Date is not the page's

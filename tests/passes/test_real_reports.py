@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 from hub.process import free_ports
 from processes import PROGRAM, run_measured
-from redesign import red
 from runs import Cull, RunLoop
 from scripted_hub import (
     HOUR,
@@ -56,7 +55,6 @@ def add_dashboards(hub: ScriptedHub) -> set[str]:
     return {f"ann/{name}" for name in names}
 
 
-@pytest.mark.xfail(strict=True, reason="the user is left out")
 @pytest.mark.parametrize("limit", ["--timeout=1h", "--max-age=1h"])
 def test_servers_with_a_picture_each_are_culled(cull_scripted: Cull, scripted: ScriptedHub, limit: str) -> None:
     names = add_dashboards(scripted)
@@ -66,7 +64,6 @@ def test_servers_with_a_picture_each_are_culled(cull_scripted: Cull, scripted: S
     assert result.warnings == []
 
 
-@pytest.mark.xfail(strict=True, reason="more than 2 MiB")
 def test_a_server_with_a_picture_is_explained(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     add_dashboards(scripted)
     result = cull_scripted("--timeout=1h", "--explain=ann/dashboard-3")
@@ -83,7 +80,6 @@ def add_one_with(hub: ScriptedHub, data: bytes) -> None:
     hub.fault("GET", r"/users\b.*", swapped(b'"DATA"', data), times=None)
 
 
-@pytest.mark.xfail(strict=True, reason="exit 0, and not counted")
 @pytest.mark.parametrize("flags", [[], ["--cull-users"]], ids=str)
 def test_a_user_of_80_mebibytes_is_left_out_and_named(
     cull_scripted: Cull, scripted: ScriptedHub, flags: list[str]
@@ -103,7 +99,6 @@ ALL_BRACKETS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="exit 0, and not counted")
 @pytest.mark.parametrize("data", ALL_BRACKETS.values(), ids=ALL_BRACKETS)
 def test_a_user_who_is_all_brackets_is_left_out_in_little_memory(
     scripted: ScriptedHub, tmp_path: Path, data: bytes
@@ -126,7 +121,7 @@ OWN_LOGIN: dict[str, Reply] = {
 }
 
 
-@pytest.mark.parametrize("how", [*red("kept", "401", "403"), "404", "garbage"])
+@pytest.mark.parametrize("how", OWN_LOGIN)
 @pytest.mark.parametrize("mode", ["both", "server"])
 @pytest.mark.parametrize("names", [["ann"], ["ann", "bob", "cat"]])
 def test_of_a_server_with_its_own_login_the_hubs_word_counts(
@@ -159,7 +154,6 @@ def test_the_hubs_own_port_as_servers_url_is_an_error(cull_scripted: Cull, scrip
 # 3. A published configuration
 
 
-@pytest.mark.xfail(strict=True, reason="a usage error")
 @pytest.mark.parametrize("zero", ["--cull-every=0", "--cull_every=0", "--IdleCuller.cull_every=0", "--cull-every=0s"])
 def test_cull_every_0_is_the_default(loop: RunLoop, scripted: ScriptedHub, zero: str) -> None:
     done = loop(scripted, "--timeout=1h", zero)
@@ -170,7 +164,6 @@ def test_cull_every_0_is_the_default(loop: RunLoop, scripted: ScriptedHub, zero:
 # 4. A read-only root
 
 
-@pytest.mark.xfail(strict=True, reason="needs a temporary file")
 def test_a_command_runs_where_no_file_can_be_made(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,15 +183,13 @@ SPACED = {
     "$CULL_IDLE_TIMEOUT": "1h\n", "$CULL_IDLE_CULL_USERS": " false\n", "$CULL_IDLE_RULE": " user=x keep ;\n",
     "$JUPYTERHUB_REQUEST_TIMEOUT": "30\n", "--timeout": " 1h\n", "--max-age": "never ", "--max-culls": " 5\n",
     "--concurrency": "3\n", "--cull-named-servers": " yes\n", "--notify": " true\n",
-}  # fmt: skip
-SPACED_TEXTS = {
     "$JUPYTERHUB_API_URL": "URL\n", "$CULL_IDLE_URL": "\tURL/ ", "--url": " URL ", "--servers-url": " URL\n",
     "$CULL_IDLE_CONFIG": "FOLDER/cull.toml\n", "--config": " FOLDER/cull.toml", "--token-file": "FOLDER/token\n",
     "--idle-by": "hub\n", "--log-level": " info ",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("where", "value"), [*SPACED.items(), *red("a usage error", *SPACED_TEXTS.items())])
+@pytest.mark.parametrize(("where", "value"), SPACED.items())
 def test_white_space_around_a_value_is_ignored(
     cull: Cull, scripted: ScriptedHub, tmp_path: Path, where: str, value: str
 ) -> None:
@@ -231,7 +222,6 @@ class BelowJupyter(ScriptedHub):
         return super().answer(replace(request, target=f"{below}?{query}", segments=segments))
 
 
-@pytest.mark.xfail(strict=True, reason="no address that works")
 @pytest.mark.parametrize("path", ["", "/", "/hub/api", "/api"])
 def test_a_redirect_to_the_base_url_becomes_an_address_that_works(cull: Cull, path: str) -> None:
     with BelowJupyter() as hub:
@@ -244,7 +234,6 @@ def test_a_redirect_to_the_base_url_becomes_an_address_that_works(cull: Cull, pa
         assert cull("--once", "--timeout=1h", f"--url={advice[0]}", token=hub.token).outcomes == {"ann": "culled"}
 
 
-@pytest.mark.xfail(strict=True, reason="no advice")
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_to_https_names_that_address(cull_scripted: Cull, scripted: ScriptedHub, status: int) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -260,7 +249,6 @@ def test_a_redirect_to_https_names_that_address(cull_scripted: Cull, scripted: S
 RULE = "--rule=group=gpu-long keep"
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is said")
 def test_a_keep_rule_that_applies_to_nobody_is_said_once_by_a_loop(loop: RunLoop, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=60)
     scripted.users["ann"].groups = ["gpu-very-long"]
@@ -268,7 +256,6 @@ def test_a_keep_rule_that_applies_to_nobody_is_said_once_by_a_loop(loop: RunLoop
     assert [sum("gpu-long" in line for line in each.lines) for each in done.passes] == [1, 0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is said")
 @pytest.mark.parametrize(
     ("setting", "level"),
     [("keep", "INFO"), ("timeout=never", "INFO"), ("max-age=never", "INFO"), ("timeout=30m", "DEBUG")],
@@ -291,10 +278,7 @@ def test_a_rule_that_applies_to_nobody_is_said_by_each_single_pass(
 
 @pytest.mark.parametrize(
     ("age", "warned"),
-    [
-        *red("nothing is said", ("12", True), ("5m29s", True)),
-        *[("5m30s", False), ("12h", False), ("0", False), ("never", False)],
-    ],
+    [("12", True), ("5m29s", True), ("5m30s", False), ("12h", False), ("0", False), ("never", False)],
 )
 def test_a_small_maximum_age_is_a_warning(cull_scripted: Cull, age: str, warned: bool) -> None:
     result = cull_scripted("--timeout=1h", f"--max-age={age}")
@@ -305,7 +289,6 @@ def test_a_small_maximum_age_is_a_warning(cull_scripted: Cull, age: str, warned:
 # 9. A slow user list
 
 
-@pytest.mark.xfail(strict=True, reason="the option is not named")
 @pytest.mark.parametrize("how", [hang(), drip(0.05)], ids=["silent", "drips"])
 def test_a_page_that_times_out_names_the_size_of_a_page(cull_scripted: Cull, scripted: ScriptedHub, how: Reply) -> None:
     scripted.add("ann", idle=LONG_AGO)
@@ -343,8 +326,8 @@ def secure(certificates: Path) -> Iterator[ScriptedHub]:
 @pytest.mark.parametrize(
     "names",
     [
-        *("REQUESTS_CA_BUNDLE", "REQUESTS_CA_BUNDLE SSL_CERT_FILE"),
-        *red("not used", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE SSL_CERT_FILE"),
+        *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"),
+        *("REQUESTS_CA_BUNDLE SSL_CERT_FILE", "CURL_CA_BUNDLE SSL_CERT_FILE"),
     ],
 )
 def test_a_private_ca_is_trusted(cull: Cull, secure: ScriptedHub, certificates: Path, names: str) -> None:
@@ -357,7 +340,6 @@ def test_a_private_ca_is_trusted(cull: Cull, secure: ScriptedHub, certificates: 
     assert (result.exit_code, secure.running()) == (0, set()), result.err
 
 
-@pytest.mark.xfail(strict=True, reason="said to be no TOML")
 def test_a_byte_order_mark_in_a_config_file_is_skipped(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path
 ) -> None:
@@ -371,7 +353,7 @@ def test_a_byte_order_mark_in_a_config_file_is_skipped(
 # 11. Commands and files of the reference
 
 
-@pytest.mark.parametrize("copied", [*red("a traceback", False), True])
+@pytest.mark.parametrize("copied", [False, True])
 def test_without_packages_the_old_command_says_what_to_install(tmp_path: Path, copied: bool) -> None:
     """The published command is `[sys.executable, "cull_idle_servers.py", …]`: Python is the Hub's own."""
     script = Path(sys.executable).with_name("cull_idle_servers.py")
@@ -385,7 +367,6 @@ def test_without_packages_the_old_command_says_what_to_install(tmp_path: Path, c
     assert "pip install" in line
 
 
-@pytest.mark.xfail(strict=True, reason="does not name --arbiter")
 @pytest.mark.parametrize(
     "text",
     [
@@ -413,7 +394,6 @@ def test_a_python_file_as_config_is_answered_with_what_to_do(
 # 12. A unix socket
 
 
-@pytest.mark.xfail(strict=True, reason="said to be no URL")
 @pytest.mark.parametrize("where", ["--url", "$JUPYTERHUB_API_URL"])
 def test_a_unix_socket_is_said_to_be_unsupported(cull: Cull, where: str) -> None:
     url = "http+unix://%2Fsrv%2Fjupyterhub%2Fhub.sock/hub/api"
@@ -428,7 +408,6 @@ def test_a_unix_socket_is_said_to_be_unsupported(cull: Cull, where: str) -> None
 # 13. A Hub with a host for each user
 
 
-@pytest.mark.xfail(strict=True, reason="does not say so")
 @pytest.mark.parametrize("wrong", ["a port that refuses", "the Hub's own port"])
 def test_with_subdomains_a_wrong_servers_url_should_be_left_out(
     cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, wrong: str

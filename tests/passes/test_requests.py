@@ -172,7 +172,8 @@ def test_connections_are_closed_at_the_end_of_each_pass(loop: RunLoop, scripted:
 def test_an_answer_that_is_too_large_is_not_read_to_its_end(
     cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cull_idle, "LARGEST_LIST", 1000)
+    monkeypatch.setattr(cull_idle, "WHOLE_LIST", (1000, 1000))
+    scripted.version = "1.5.1"
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
     # Who reads on finds the connection lost, and would try again.
     scripted.fault("GET", "/users", raw(head + b"[" + b" " * 1_000_000), times=None)

@@ -1,7 +1,6 @@
 """--rule: other limits for some servers, and servers and users that are kept."""
 
 import re
-import tracemalloc
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -11,7 +10,6 @@ from hub import RealHub
 from runs import Cull
 from scripted_hub import DROP, HOUR, LONG_AGO, ScriptedHub, respond, then_do
 
-import cull_idle
 from cull_idle import NEVER, parse_rule
 
 
@@ -48,7 +46,7 @@ def test_a_rule_is_matches_and_settings(
         ("user=ann kep", ["'kep'", "keep"]),
         ("user=ann", ["timeout=", "max-age=", "keep"]),
         ("", ["timeout=", "max-age=", "keep"]),
-        ("user=ann timeout=1x", ["'timeout=1x'"]),
+        ("user=ann timeout=1x", ["'1x'"]),
         ("user=ann keep timeout=1h", ["'user=ann keep timeout=1h'"]),
         ("user=ann timeout=1h timeout=2h", ["'timeout=2h'"]),
         ("admin=yes keep", ["'admin=yes'"]),
@@ -71,7 +69,6 @@ def rules(*texts: str) -> list[str]:
     return [f"--rule={text}" for text in texts]
 
 
-POLICY = cull_idle.Policy(cull_idle.Limit(NEVER), cull_idle.Limit(NEVER))
 OPTIONS = {"profile": "large", "gpus": 2, "spot": True}
 
 
@@ -128,54 +125,6 @@ def test_the_first_rule_whose_matches_all_hold_applies(
     assert left(cull_scripted, scripted, *texts) == stays
 
 
-def test_of_servers_that_all_differ_only_some_are_remembered(
-    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remembered: list[int] = []
-
-    class Watched(cull_idle.Policies):
-        def find(self, target: cull_idle.Server | cull_idle.User) -> cull_idle.Policy:
-            policy = super().find(target)
-            remembered.append(len(self._remembered))
-            return policy
-
-    monkeypatch.setattr(cull_idle, "Policies", Watched)
-    monkeypatch.setattr(cull_idle, "MOST_REMEMBERED", 3)
-    for number in range(10):
-        scripted.add(f"ann{number}", idle=LONG_AGO, user_options={"profile": str(number)})
-    rules = ["option.profile=[0-4] keep", "user=ann9 keep"]
-    assert left(cull_scripted, scripted, *rules) == {"ann0", "ann1", "ann2", "ann3", "ann4", "ann9"}
-    assert max(remembered) == 3
-
-
-def server_with(**options: object) -> cull_idle.Server:
-    """A server with these user_options."""
-    model = {"ready": True, "pending": None, "last_activity": "2026-11-22T20:00:00Z", "user_options": options}
-    (server,) = cull_idle.parse_servers({"name": "ann", "servers": {"": model}})
-    return server
-
-
-def test_long_options_are_matched_and_not_remembered() -> None:
-    """Users may put a megabyte into each, again and again."""
-    kept = POLICY._replace(kept_by="rule 1")
-    policies = cull_idle.Policies([(parse_rule("option.profile=large* keep"), kept)], POLICY)
-    tracemalloc.start()
-    try:
-        for number in range(20):
-            assert policies.find(server_with(profile=f"large-{number}-{'x' * 1_000_000}")) is kept
-        assert tracemalloc.get_traced_memory()[0] < 5_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_long_lists_of_empty_texts_are_not_remembered() -> None:
-    rule = (parse_rule("option.tags=x keep"), POLICY)
-    policies = cull_idle.Policies([rule], POLICY)
-    for number in range(5):
-        policies.find(server_with(tags=[""] * (cull_idle.LONGEST_REMEMBERED + 1 + number)))
-    assert policies._remembered == {}
-
-
 def test_a_rule_with_a_timeout_leaves_the_maximum_age(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=60, age=9 * HOUR)
     scripted.add("bob", idle=LONG_AGO, age=9 * HOUR)
@@ -225,7 +174,7 @@ def test_the_dry_run_names_the_rule_that_decided(cull_scripted: Cull, scripted: 
 def test_the_dry_run_names_the_rule_that_keeps_a_user(cull_scripted: Cull, scripted: ScriptedHub) -> None:
     scripted.add_user("ann", idle=LONG_AGO)
     scripted.add_user("bob", idle=LONG_AGO)
-    result = cull_scripted("--dry-run", "-v", "--cull-users", *rules("user=cat keep", "user=bob keep"))
+    result = cull_scripted("--dry-run", "-v", "--timeout=1h", "--cull-users", *rules("user=cat keep", "user=bob keep"))
     (line,) = [line for line in result.table if "bob" in line]
     assert "rule 2" in line
     assert "rule" not in next(line for line in result.table if "ann" in line)
@@ -275,10 +224,11 @@ def test_a_keep_rule_that_matches_a_field_of_servers_keeps_no_user(
 def test_users_have_limits_of_their_own(
     cull_scripted: Cull, scripted: ScriptedHub, flags: list[str], left: set[str]
 ) -> None:
-    scripted.add("ann", idle=LONG_AGO, user_idle=LONG_AGO)
+    scripted.add("bob", idle=LONG_AGO)
+    scripted.add_user("ann", idle=LONG_AGO)
     assert cull_scripted("--timeout=1h", "--cull-users", *flags).exit_code == 0
     assert scripted.running() == set()
-    assert set(scripted.users) == left
+    assert set(scripted.users) == left | {"bob"}
 
 
 @pytest.mark.parametrize(
@@ -297,8 +247,7 @@ def test_a_rule_on_a_field_of_the_user_that_is_not_shown_ends_the_pass(
     result = cull_scripted("--timeout=1h", *rules(rule))
     assert result.exit_code == 3
     field = rule.partition("=")[0]
-    (line,) = result.lines
-    assert line.startswith("ERROR ")
+    (line,) = result.errors
     for word in (f"{field}=", "bob", scope):
         assert word in line
     assert scripted.lines("DELETE") == []

@@ -135,16 +135,19 @@ def test_an_old_hub_that_answers_with_a_plain_list_is_read(cull_scripted: Cull, 
     names = add_many(scripted, 3)
     scripted.fault("GET", "/user", respond(404), times=None)
     scripted.fault("GET", "/users", edited(lambda body: body["items"]), times=None)
+    scripted.add_user("zoe", idle=LONG_AGO)
     assert cull_scripted("--timeout", "1h", "--cull-users").exit_code == 0
-    assert scripted.users == {}
+    assert scripted.running() == set()
+    assert scripted.users.keys() == names
     assert len(pages(scripted)) == 1
-    assert len(scripted.lines("DELETE")) == 2 * len(names)
+    assert len(scripted.lines("DELETE")) == 4
 
 
 def test_a_user_on_two_pages_is_culled_once(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.page_max = 1
+    scripted.page_max = 2
     scripted.add("ann", idle=LONG_AGO)
-    scripted.add("bob", idle=LONG_AGO)
+    scripted.add_user("bob", idle=LONG_AGO)
+    scripted.add("cat", idle=LONG_AGO)
     first: list[Any] = []
 
     def remember(body: dict[str, Any]) -> dict[str, Any]:
@@ -155,9 +158,8 @@ def test_a_user_on_two_pages_is_culled_once(cull_scripted: Cull, scripted: Scrip
     scripted.fault("GET", "/users", edited(lambda body: {**body, "items": first + body["items"]}))
     result = cull_scripted("--timeout", "1h", "--cull-users")
     assert result.exit_code == 0
-    assert scripted.users == {}
-    assert len(scripted.lines("DELETE")) == 4
-    assert (result.counts["culled"], result.counts["deleted"]) == (2, 2)
+    assert len(scripted.lines("DELETE")) == 3
+    assert (result.counts["culled"], result.counts["deleted"]) == (2, 1)
 
 
 def test_everything_is_listed_before_anything_is_stopped(cull_scripted: Cull, scripted: ScriptedHub) -> None:
@@ -175,7 +177,6 @@ def test_everything_is_listed_before_anything_is_stopped(cull_scripted: Cull, sc
         pytest.param({"offset": 2, "limit": 2}, id="the same page"),
         pytest.param({"offset": 0}, id="the first page"),
         pytest.param({"offset": -2}, id="negative"),
-        pytest.param({"offset": 7}, id="past the last user"),
         pytest.param({"offset": "4"}, id="text"),
         pytest.param({"offset": None}, id="null"),
         pytest.param({"offset": 4.5}, id="a fraction"),
@@ -194,7 +195,7 @@ def test_a_pagination_that_does_not_advance_ends_the_list(
     scripted.add_user("zoe", idle=LONG_AGO)
     scripted.fault("GET", r"/users\?(.*&)?offset=2.*", with_next(following), times=5)
     result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.exit_code == 3
+    assert result.exit_code == 1
     assert len(pages(scripted)) == 2
     assert scripted.running() == set(names[4:])
     assert len(scripted.users) == 7
@@ -228,7 +229,9 @@ BAD_PAGES = [
     pytest.param(html(), "HTML", id="HTML"),
     pytest.param(respond_json(200, {"items": 5, "_pagination": {"next": None}}), "user list", id="a number"),
     pytest.param(respond_json(200, {"items": []}), "user list", id="no pagination"),
+    pytest.param(respond_json(200, {"items": [], "_pagination": 5}), "user list", id="a number as pagination"),
     pytest.param(respond_json(200, None), "user list", id="null"),
+    pytest.param(respond_json(200, {"items": [None], "_pagination": {"next": None}}), "user list", id="nobody"),
 ]
 
 
@@ -240,7 +243,7 @@ def test_after_a_page_that_fails_what_was_read_is_culled_but_no_user_deleted(
     names = sorted(add_many(scripted, 6))
     scripted.fault("GET", r"/users\?(.*&)?offset=2.*", bad, times=None)
     result = cull_scripted("--timeout", "1h", "--cull-users")
-    assert result.exit_code == 3
+    assert result.exit_code == (3 if "403" in words else 1)
     assert scripted.running() == set(names[2:])
     assert len(scripted.users) == 6
     (error,) = result.errors
@@ -254,7 +257,7 @@ def test_a_page_that_fails_for_a_moment_is_read_again(cull_scripted: Cull, scrip
     add_many(scripted, 6)
     scripted.fault("GET", r"/users\?(.*&)?offset=2.*", bad, times=2)
     assert cull_scripted("--timeout", "1h", "--cull-users").exit_code == 0
-    assert scripted.users == {}
+    assert scripted.running() == set()
 
 
 def test_an_answer_that_comes_byte_by_byte_is_read(cull_scripted: Cull, scripted: ScriptedHub) -> None:

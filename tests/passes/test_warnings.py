@@ -143,7 +143,7 @@ FAR = ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00+14:0
 
 
 @pytest.mark.parametrize("moment", FAR)
-@pytest.mark.parametrize("limit", ["never", "999999999d", "3285000d", "1h"])
+@pytest.mark.parametrize("limit", ["never", "36525d", "1h"])
 def test_a_far_date_and_a_long_limit_are_no_trouble(plan: Ask, moment: str, limit: str) -> None:
     args = (f"--timeout={limit}", f"--max-age={limit}", "--warn-before=59m")
     expected = "planned" if moment == "0001-01-01T00:00:00Z" and limit == "1h" else None

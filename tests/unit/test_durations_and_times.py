@@ -4,6 +4,7 @@ import re
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from click import BadParameter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ NOW = datetime(2026, 11, 22, 20, 39, 5, tzinfo=UTC)
         ("2d", 172_800),
         ("1w", 604_800),
         ("1w2d3h4m5s", 788_645),
-        (" 2H ", 7200),
+        ("2H", 7200),
         ("60min", 3600),
         ("1hr", 3600),
         ("2days", 172_800),
@@ -40,26 +41,22 @@ def test_a_duration_is_seconds_or_numbers_with_units(text: str, seconds: float) 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "x", "1x", "-1", "1h-1m", "30m1h", "1h30", "1 2", "1e", "1e-3", "nan", "inf", "٣", "s", ".5", "1,5h"],
+    ["", "x", "1x", "-1", "1h-1m", "30m1h", "1h30", "1 2", "1e", "1e-3", "nan", "inf", "٣", "s", ".5", "1,5h"],
 )
 def test_a_text_that_is_not_a_duration_is_refused_and_quoted(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"'{text.strip()}'")):
+    with pytest.raises(BadParameter, match=re.escape(f"'{text}'")):
         parse_duration(text)
 
 
-@pytest.mark.parametrize("text", ["999999999999d", "1000000000d"])
-def test_a_duration_too_long_for_a_timedelta_is_refused_and_quoted(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"'{text.strip()}'")):
-        parse_duration(text)
-
-
-def test_a_duration_of_400_digits_is_refused() -> None:
-    with pytest.raises(ValueError, match="999"):
-        parse_duration("9" * 400)
+def test_a_duration_is_a_century_at_most() -> None:
+    assert parse_duration("36525d") == timedelta(days=36525)
+    for text in ("36525d1s", "999999999999d", "9" * 400):
+        with pytest.raises(BadParameter, match=f"'{text[:39]}.*too long"):
+            parse_duration(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "limit"), [("never", NEVER), (" NEVER ", NEVER), ("1h", timedelta(hours=1)), ("0", timedelta(0))]
+    ("text", "limit"), [("never", NEVER), ("NEVER", NEVER), ("1h", timedelta(hours=1)), ("0", timedelta(0))]
 )
 def test_a_limit_is_a_duration_or_never(text: str, limit: timedelta) -> None:
     assert parse_limit(text) == limit
@@ -96,8 +93,8 @@ def test_a_written_duration_reads_back_as_itself(seconds: int) -> None:
 def test_any_text_is_a_duration_or_refused_with_a_sentence(text: str) -> None:
     try:
         duration = parse_duration(text)
-    except ValueError as refusal:
-        sentence = str(refusal)
+    except BadParameter as refusal:
+        sentence = refusal.message
     else:
         sentence = f"{duration}."
     assert sentence.isprintable()

@@ -345,6 +345,11 @@ class RealHub:
         """Make a server last active that long ago, as if it or its proxy had told the Hub."""
         self._backdoor("server", name=name, server=server, last_activity=idle_seconds)
 
+    def make_idle(self, *names: str) -> None:
+        """Make users last active hours ago, as if they had not been there since their servers were stopped."""
+        for name in names:
+            self._backdoor("user", name=name, last_activity=IDLE["idle_seconds"])
+
     def clear(self) -> None:
         """Delete every user, server and group, whatever is pending; returns when they are gone."""
         self._wait_until(self._cleared, "everything is deleted")
