@@ -43,7 +43,7 @@ SERVERS = [
     Server("ann", "", "busy", idle(0, 2 * HOUR), "running"),
     Server("ann", "gpu", "idle for 2h, beside a busy one", idle(2 * HOUR, DAY), "gone"),
     Server("alice", "", "busy", idle(20, 3 * HOUR), "running"),
-    Server("alice?x", "", "idle for 9h, an awkward name", idle(9 * HOUR, 10 * HOUR), "gone"),
+    Server("kim", "", "idle for 9h", idle(9 * HOUR, 10 * HOUR), "gone"),
     Server("bob", "", "idle for 72m", idle(72 * MINUTE, 5 * HOUR), "gone"),
     Server("cat", "", "idle for 3h, slow to stop", idle(3 * HOUR, DAY, stop_seconds=5), "stopping"),
     Server("dan", "", "idle for 58m", idle(58 * MINUTE, 4 * HOUR), "running"),

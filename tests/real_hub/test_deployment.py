@@ -56,7 +56,12 @@ class Machine:
         self.token.parent.mkdir(parents=True)
         self.bin = root / "usr/local/bin"
         self.bin.mkdir(parents=True)
-        (link,) = (line for text in shown("sh", "Install") for line in text.splitlines() if line.startswith("ln "))
+        (link,) = (
+            line
+            for text in shown("sh", "Install and a first look")
+            for line in text.splitlines()
+            if line.startswith("ln ")
+        )
         link = self.under(link.partition(" && ")[0]).replace("/usr/local/bin", str(self.bin))
         assert self.run(link, PATH="/usr/bin:/bin").returncode == 0
 
@@ -179,7 +184,7 @@ def test_a_token_made_on_the_hubs_machine_is_enough_for_a_first_look(
     assert_first_look(machine, hub_with_an_admin)
 
 
-# A service that the Hub manages
+# A service of the Hub
 
 # RealHub's configuration says who the admins are, where there are roles.
 LIST_ADMIN = """
@@ -189,17 +194,24 @@ if jupyterhub.version_info >= (2,):
 
 
 def managed_snippet() -> str:
-    (text,) = shown("python", "A service that the Hub manages")
+    (text,) = shown("python", "A service of the Hub")
     return text
 
 
 def before_roles() -> str:
     """The snippet without its role, and with what the README says to write after the name."""
-    text = prose("A service that the Hub manages")
-    assert "leave out the role, and" in text
+    text = prose("A service of the Hub")
+    assert "leave out the last line, and" in text
     (admin,) = re.findall(r"write `(.*?)` after the name", text)
-    (service,) = (line for line in managed_snippet().splitlines() if "services.append" in line)
-    return service.replace('"idle-stopper", ', f'"idle-stopper", {admin}, ') + "\n"
+    *lines, role = managed_snippet().splitlines(keepends=True)
+    assert "load_roles" in role
+    return "".join(lines).replace('"idle-stopper", ', f'"idle-stopper", {admin}, ')
+
+
+def write_config(machine: Machine) -> None:
+    """The file that a service and a shell share."""
+    (toml,) = shown("toml", "A service of the Hub")
+    Path(machine.under(toml.splitlines()[0].removeprefix("# "))).write_text(toml)
 
 
 class Managed:
@@ -255,7 +267,7 @@ def test_the_hub_starts_it_and_it_culls(managed: Managed) -> None:
 def test_it_survives_a_hub_that_is_killed_and_started_again(managed: Managed) -> None:
     (old,) = managed.machine.alive()
     managed.hub.kill()
-    wait_until(lambda: "refuses the connection" in managed.hub.log(), managed.hub)
+    wait_until(lambda: "is the Hub running" in managed.hub.log(), managed.hub)
     managed.hub.start()
     os.kill(managed.machine.pids()[-1], signal.SIGKILL)  # the new one: the Hub knows nothing of the old one
     managed.assert_culls()
@@ -284,13 +296,39 @@ def test_before_roles_an_admin_service_does(tmp_path: Path) -> None:
 
 
 def test_the_same_snippet_runs_what_is_installed_in_the_hubs_own_environment(tmp_path: Path) -> None:
-    (command,) = re.findall(r"`(\[sys\.executable.*?\])`", prose("A service that the Hub manages"))
+    (command,) = re.findall(r"`(\[sys\.executable.*?\])`", prose("A service of the Hub"))
     (old,) = re.findall(r'\["/opt.*?\]', managed_snippet())
     text = "import sys\n" + managed_snippet().replace(old, command)
     path = f'import os\nos.environ["PYTHONPATH"] = {str(ROOT)!r}\n'
     environment = 'c.JupyterHub.services[-1]["environment"] = {**os.environ, "CULL_IDLE_CULL_EVERY": "1s"}\n'
     with Managed(tmp_path, path + text, environment) as managed:
         managed.assert_culls()
+
+
+def test_the_service_and_a_shell_take_their_options_from_one_file(tmp_path: Path) -> None:
+    """With the scope that the rule in it needs."""
+    words = re.search(r"write `(--config=[^`]*)` in place of `([^`]*)`", prose("A service of the Hub"))
+    assert words
+    text = (
+        managed_snippet()
+        .replace(words[2], words[1])
+        .replace('"delete:servers"', '"delete:servers", "read:users:groups"')
+    )
+    managed = Managed(tmp_path, text)
+    write_config(managed.machine)
+    with managed:
+        hub = managed.hub
+        for name in ("dan", "svc-dan"):
+            hub.add_user(name, groups=["gpu"])
+        hub.spawn_many([(name, "", {"idle_seconds": 45 * 60}) for name in ("ann", "dan", "svc-dan")])
+        wait_until(lambda: hub.running() == {"ann", "svc-dan"}, hub)
+        managed.assert_stops()
+
+
+def test_a_wrong_path_keeps_the_hub_from_starting_as_the_readme_says(tmp_path: Path) -> None:
+    wrong = managed_snippet().replace(COMMAND, str(tmp_path / "cull-idel"))
+    with pytest.raises(RuntimeError, match="No such file"), RealHub(extra_config=wrong):
+        pass
 
 
 # The Littlest JupyterHub
@@ -315,9 +353,9 @@ def test_the_littlest_jupyterhub_takes_the_same_snippet_as_a_file_of_its_own(mac
 def own_token_snippet(machine: Machine) -> str:
     """What the README says: its lines in place of the first one of the managed service."""
     (text,) = shown("python", "A token of its own")
-    first, _, role = managed_snippet().partition("\n")
-    assert "services.append" in first
-    return machine.under(text) + role
+    first, _, rest = managed_snippet().partition("\n")
+    assert first.startswith("service = ")
+    return machine.under(text) + rest
 
 
 def make_token(machine: Machine) -> None:
@@ -379,10 +417,9 @@ def test_the_role_that_is_printed_below_the_readmes_snippet_starts_a_hub_and_cul
 
 
 def test_a_role_of_the_same_name_stops_a_hub_as_the_readme_says() -> None:
-    (said,) = re.findall(r"\(`(Role .*? multiply defined)`\)", prose("A service that the Hub manages"))
-    _, _, role = managed_snippet().partition("\n")
-    service = 'c.JupyterHub.services.append({"name": "idle-stopper"})\n'
-    with pytest.raises(RuntimeError, match=said), RealHub(extra_config=service + role + role):
+    role = managed_snippet().splitlines(keepends=True)[-1]
+    text = managed_snippet().replace(COMMAND, "true")
+    with pytest.raises(RuntimeError, match="multiply defined"), RealHub(extra_config=text + role):
         pass
 
 
@@ -391,8 +428,9 @@ def test_a_role_of_the_same_name_stops_a_hub_as_the_readme_says() -> None:
 CRONTAB = {"HOME": "/root", "LOGNAME": "root", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}  # all that cron sets
 
 
-def cron_command() -> str:
-    (text,) = shown("crontab", "cron")
+def cron_command(number: int = 0) -> str:
+    """The first one culls, the second one looks."""
+    text = shown("crontab", "cron")[number]
     match = re.fullmatch(r"(?:(?:\*(?:/\d+)?|\d+) ){5}([^%\n]*)\n", text)  # in a crontab a % ends the command
     assert match
     return match[1]
@@ -405,6 +443,15 @@ def test_the_cron_line_culls_and_says_nothing(machine: Machine, hub: RealHub) ->
     result = machine.run(f"{machine.under(cron_command())} --url {hub.url}", **CRONTAB)
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
     assert hub.running() == {"busy"}
+
+
+def test_the_cron_line_for_a_look_prints_the_table(machine: Machine, hub: RealHub) -> None:
+    hub.spawn("idle", **IDLE)
+    machine.token.write_text(f"{hub.culler_token}\n")
+    result = machine.run(f"{machine.under(cron_command(1))} --url {hub.url}", **CRONTAB)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "1 of 1 running servers would be stopped" in result.stdout
+    assert hub.running() == {"idle"}
 
 
 def test_the_cron_line_says_what_failed(machine: Machine, hub: RealHub) -> None:
@@ -427,9 +474,6 @@ KNOWN = {
         "LoadCredential",
         "PrivateDevices",
         "ProtectHome",
-        "Restart",
-        "RestartPreventExitStatus",
-        "RestartSec",
         "RestrictAddressFamilies",
         "RestrictNamespaces",
         "SystemCallFilter",
@@ -451,35 +495,22 @@ def parse_unit(text: str) -> Unit:
 
 SYSTEM = "/etc/systemd/system/"
 FILES = {text.splitlines()[0].removeprefix(f"# {SYSTEM}"): text for text in shown("ini", "systemd")}
-LOOP = "cull-idle.service.d/loop.conf"
-WAYS = ("timer", "loop")
+SERVICE = "cull-idle.service"
+TIMER = "cull-idle.timer"
 
 
-def service_of(way: str) -> dict[str, list[str]]:
-    """The [Service] section of the unit, for the loop with its drop-in. An empty value clears those before it."""
-    service = parse_unit(FILES["cull-idle.service"])["Service"]
-    if way == "loop":
-        for key, values in parse_unit(FILES[LOOP])["Service"].items():
-            service[key] = values[values.index("") + 1 :] if "" in values else values
-    return service
-
-
-def words_of(way: str, credentials: str = "/credentials") -> list[str]:
+def words(credentials: str = "/credentials") -> list[str]:
     """What the service executes."""
-    (line,) = service_of(way)["ExecStart"]
+    (line,) = parse_unit(FILES[SERVICE])["Service"]["ExecStart"]
     return [word.replace("${CREDENTIALS_DIRECTORY}", credentials) for word in line.split()]
 
 
-@pytest.fixture(params=WAYS)
-def units(request: pytest.FixtureRequest, machine: Machine) -> list[Path]:
-    """The service and, if it is not the loop, the timer. The command in them exists."""
-    for name in FILES.keys() - ({LOOP} if request.param == "timer" else set()):
-        (machine.root / name).parent.mkdir(exist_ok=True)
-        (machine.root / name).write_text(machine.under(FILES[name]))
-    return [
-        machine.root / "cull-idle.service",
-        *([machine.root / "cull-idle.timer"] if request.param == "timer" else []),
-    ]
+@pytest.fixture
+def units(machine: Machine) -> list[Path]:
+    """The service and its timer. The command in them exists."""
+    for name, text in FILES.items():
+        (machine.root / name).write_text(machine.under(text))
+    return [machine.root / SERVICE, machine.root / TIMER]
 
 
 def systemd_analyze(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -493,10 +524,8 @@ def test_systemd_takes_the_units(units: list[Path]) -> None:
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
 
-def test_systemd_finds_the_service_as_hardened_as_the_readme_says(units: list[Path]) -> None:
-    match = re.search(r"an exposure of (\d)\.(\d)", prose("systemd"))
-    assert match
-    result = systemd_analyze("security", "--offline=true", f"--threshold={match[1]}{match[2]}", units[0])
+def test_systemd_finds_the_service_well_hardened(units: list[Path]) -> None:
+    result = systemd_analyze("security", "--offline=true", "--threshold=30", units[0])  # an exposure of 3.0
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -507,35 +536,32 @@ def test_units_have_no_line_that_systemd_would_ignore() -> None:
 
 
 def test_each_unit_is_pasted_where_systemd_looks_and_started_by_its_name() -> None:
-    assert FILES.keys() == {"cull-idle.service", "cull-idle.timer", LOOP}
-    started = re.findall(r"systemctl (?:start|enable --now) ([\w.-]+\w)", prose("systemd"))
-    assert set(started) == {"cull-idle.service", "cull-idle.timer"}
+    assert FILES.keys() == {SERVICE, TIMER}
+    assert re.findall(r"systemctl (start|enable --now) ([\w.-]+\w)", prose("systemd")) == [
+        ("start", SERVICE),
+        ("enable --now", TIMER),
+    ]
+    assert parse_unit(FILES[TIMER])["Install"] == {"WantedBy": ["timers.target"]}
 
 
-def test_what_is_enabled_has_an_install_section() -> None:
-    enabled = re.findall(r"systemctl enable --now ([\w.-]+\w)", prose("systemd"))
-    assert enabled == ["cull-idle.timer", "cull-idle.service"]
-    assert parse_unit(FILES["cull-idle.timer"])["Install"] == {"WantedBy": ["timers.target"]}
-    assert parse_unit(FILES[LOOP])["Install"] == {"WantedBy": ["multi-user.target"]}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_service_is_handed_what_its_command_reads(way: str, machine: Machine) -> None:
-    command, *args = words_of(way, str(machine.root / "credentials"))
+def test_a_service_is_handed_what_its_command_reads(machine: Machine) -> None:
+    command, *args = words(str(machine.root / "credentials"))
     assert command == COMMAND
     (machine.root / "credentials").mkdir()
-    for credential in service_of(way)["LoadCredential"]:
+    service = parse_unit(FILES[SERVICE])["Service"]
+    for credential in service["LoadCredential"]:
         (machine.root / "credentials" / credential.split(":")[0]).write_text("")
     settings = settings_from(*args)
     assert settings.token_file
     assert Path(settings.token_file).exists()
-    assert settings.once == (service_of(way)["Type"] == ["oneshot"])
+    assert settings.once
+    assert service["Type"] == ["oneshot"]
 
 
 def test_a_service_of_a_timer_culls(machine: Machine, hub: RealHub) -> None:
     hub.spawn("idle", **IDLE)
     machine.token.write_text(hub.culler_token)
-    command = machine.under(shlex.join(words_of("timer", "/etc/cull-idle")))
+    command = machine.under(shlex.join(words("/etc/cull-idle")))
     result = machine.run(f"{command} --url {hub.url}", PATH="/usr/bin:/bin")
     assert (result.returncode, hub.running()) == (0, set())
 
@@ -662,3 +688,30 @@ def test_the_charts_values_run_the_culler_in_the_hubs_pod() -> None:
 
 def test_the_charts_own_culler_is_off() -> None:
     assert VALUES["cull"] == {"enabled": False}
+
+
+# Recipes and explanations
+
+
+def looks() -> list[str]:
+    """The commands under Recipes and under the question why, which change nothing."""
+    after = README.partition("## Recipes")[2]
+    lines = [
+        line for block in BLOCKS if block.language == "sh" and block.text in after for line in block.text.splitlines()
+    ]
+    return [line for line in lines if line.startswith("cull-idle ")]
+
+
+@pytest.mark.parametrize("command", looks())
+def test_a_command_that_only_looks_says_what_would_be_done(
+    command: str, machine: Machine, hub_with_an_admin: RealHub
+) -> None:
+    hub = hub_with_an_admin
+    write_config(machine)
+    assert hub_token(machine, hub)
+    line = machine.under(command).replace("ann/gpu", "idle")
+    line += "" if "--token-file" in line else " --token-file hub-token"
+    result = machine.run(f"{line} --url {hub.url}", PATH=f"{machine.bin}:/usr/bin:/bin")
+    assert result.returncode == 0, result.stderr
+    assert "stopped: idle 2h0" in result.stdout
+    assert hub.running() == {"idle", "admin"}
