@@ -69,6 +69,7 @@ import subprocess
 import tempfile
 import threading
 import tomllib
+import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -408,7 +409,7 @@ def leads_elsewhere(name: str, others: Iterable[str]) -> bool:
         return False
     for text in (name, unquote(name), unquote(unquote(name))):
         path = re.split(r"[?#]", text, maxsplit=1)[0]
-        if not path.strip(".") or "/" in path or "\\" in path or (path != name and path in others):
+        if not re.sub(r"[\0- .]", "", path) or "/" in path or "\\" in path or (path != name and path in others):
             return True
     return False
 
@@ -636,14 +637,15 @@ class Arbiter(NamedTuple):
                 answer = self.function(**{name: value for name, value in arguments.items() if name in self.arguments})
                 if inspect.isawaitable(answer):
                     answer = arbiter_loop().run(wait_for(answer))
+            says = one_line(repr(answer), 40)
         except BaseException as error:  # whatever the administrator's function raises; stop_signals handles Ctrl-C
-            why = f"the arbiter failed: {type(error).__name__}: {one_line(str(error))}"
+            why = f"the arbiter failed: {one_line(traceback.format_exception_only(error)[-1].strip())}"
             return verdict.keep_because(why, in_doubt=True)
-        if answer is not None and type(answer).__name__ not in ("bool", "bool_"):  # numpy has booleans of its own
-            why = f"the arbiter returned {one_line(repr(answer), 40)}, which is neither true nor false"
-            return verdict.keep_because(why, in_doubt=True)
-        why = f"the arbiter says {'cull' if answer else 'keep'}, idle {short(verdict.idle or ZERO)}"
-        return replace(verdict, cull=bool(answer), limit=None, why=why)
+        if says not in ("True", "False", "None", "np.True_", "np.False_"):  # numpy has booleans of its own
+            return verdict.keep_because(f"the arbiter returned {says}, which is neither true nor false", in_doubt=True)
+        cull = "True" in says
+        why = f"the arbiter says {'cull' if cull else 'keep'}, idle {short(verdict.idle or ZERO)}"
+        return replace(verdict, cull=cull, limit=None, why=why)
 
 
 calling_arbiter = threading.Lock()  # its author need not think of threads
@@ -782,7 +784,7 @@ def config_values(path: str) -> dict[str, Any]:
         if re.search(r"^(c\b|from |import |(async )?def |@)", text, re.MULTILINE):
             hint = f"; a Python file of jupyterhub-idle-culler is not read: use options and --arbiter {path}:NAME"
         values = {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         quotes = '; texts and durations need quotes, such as timeout = "1h"'
         raise ValueError(f" is not TOML: {one_line(str(error))}{hint or quotes}.") from None
     types = {each.name: each.metadata["type"] for each in fields(Settings) if each.name != "config"}
@@ -1013,7 +1015,7 @@ class Judge:
 
 READ_SIZE = 1 << 16  # bytes
 LARGE_ANSWER = 1 << 22  # bytes; from here on, answers are read and parsed one at a time
-ODD_NAME = re.compile(r"[/\\?#%]")  # of a user: a proxy that decodes paths makes another path of it
+ODD_NAME = re.compile(r"[/\\?#%]")  # a proxy that decodes paths makes another path of it
 MOST_LEFT_OUT = 100  # users whose data is too much; if there are more, the Hub ignores the size of a page
 PAUSES = (0.5, 1, 2)  # seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
@@ -1104,14 +1106,14 @@ def request_failure(request: str, url: str, error: Exception, timeout: float) ->
     kind, words, again = next(why for why in WHY_FAILED if any(isinstance(cause, why[0]) for cause in causes))
     texts = " ".join(map(str, causes))
     if url.startswith("https:") and re.search("WRONG_VERSION_NUMBER|handshake operation|record layer failure", texts):
-        words, again = f"{{url}} does not speak https; try --url http:{url[6:]}", False
+        words, again = "{url} does not speak https; try --url http:{rest}", False
     elif kind is exceptions.ProtocolError and url.startswith("http:"):
-        words += f"; if this goes on, try --url https:{url[5:]}"
+        words += "; if this goes on, try --url https:{rest}"
     elif words is LATE and request == "GET /users":
         words += "; if this goes on, try a smaller --api-page-size"
-    name, text = type(causes[-1]).__name__, one_line(str(causes[-1]))
+    name, text, rest = type(causes[-1]).__name__, one_line(str(causes[-1])), url.partition(":")[2]
     strerror = getattr(causes[-1], "strerror", None) or name
-    why = f"{request}: {words.format(url=url, kind=name, strerror=strerror, text=text, timeout=timeout)}"
+    why = f"{request}: {words.format(url=url, rest=rest, kind=name, strerror=strerror, text=text, timeout=timeout)}"
     if again or request.startswith("GET") or kind is exceptions.SSLError:
         return UnansweredError(why, 0 if again else None)
     return RequestError(why)  # a stop may take long, so a late DELETE says nothing about others
@@ -1299,7 +1301,7 @@ class Hub:
             return self._request("DELETE", path)
         if not target.server:
             return self._request("DELETE", f"{path}/server")
-        body = {"remove": True} if self._settings.remove_named_servers else None
+        body = {"remove": True} if action(target, self._settings) == "remove" else None
         return self._request("DELETE", f"{path}/servers/{segment(target.server)}", body)
 
     @contextmanager
@@ -1319,7 +1321,7 @@ class Hub:
         model = answer.content if isinstance(answer.content, dict) else {}
         if answer.status in (403, 404) and answer.own:
             yield ""
-        elif "token" not in model:
+        elif "token" not in model or not isinstance(model.get("scopes") or [], list):
             raise RequestError(f"POST {path}: the Hub {answer}, and no token")
         else:
             try:
@@ -1548,12 +1550,11 @@ def parse_activities(answer: Answer, source: str) -> list[tuple[timedelta, str]]
         models = [answer.content] if source == SERVER else answer.content
         if not isinstance(models, list):
             raise TypeError
+        if any(model.get("execution_state") == "busy" for model in models):
+            return [BUSY]
         for model in models:
-            active = parse_time(model["last_activity"])
-            if model.get("execution_state") == "busy":
-                return [BUSY]
-            if active:
-                found.append((max(now - active, ZERO), source))
+            active = parse_time(model["last_activity"]) or now  # unknown counts as now
+            found.append((max(now - active, ZERO), source))
     except (AttributeError, LookupError, TypeError, ValueError):
         raise NoAnswer("answered what no Jupyter server does") from None
     return found
@@ -1669,7 +1670,7 @@ def in_parallel(function: Callable[[T], T], items: Iterable[T], threads: int) ->
     waiting = deque(items)
     count = len(waiting)
     workers: list[threading.Thread] = []
-    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def work() -> None:
         with suppress(IndexError):
@@ -1840,7 +1841,7 @@ class Pass:
             error = RequestError(MISLEADING) if target.misleading else None
             return Event(target.without_models(), verdict, "planned", verdict.reason, error)
         if verdict.in_doubt:
-            self.doubts.append(f"{target}: {verdict.reason}")
+            self.doubts.append("" if self.doubts else f"{target}: {verdict.reason}")
         due_at, limit = self.judge.due_soon(target, now, self.settings.warn_before or ZERO)
         before = self.warned.get(target.key) or self.warned_before.get(target.key) or LONG_AGO
         if due_at:
@@ -1921,8 +1922,8 @@ class Pass:
 
     def _cull(self, due: Event) -> Event:
         """Look at a server or user again, decide again, and send the DELETE if it is still due."""
-        event = looked = self._look(due)
         since = monotonic()
+        event = looked = self._look(due)
         if event.is_due:
             event = self.ask_and_decide(looked)
         if event.is_due and monotonic() - since > OLD_DECISION:
@@ -1934,8 +1935,6 @@ class Pass:
 
     def _look(self, due: Event) -> Event:
         """The second look: something due with its target as it is now, or what becomes of it."""
-        if due.error:
-            return due.becomes("failed", error=due.error)
         target = due.target
         is_user = target.is_user
         found = self.hub.look(target.user)
@@ -1944,6 +1943,8 @@ class Pass:
             if target.key in self.deletes_lost:
                 return due.becomes("culled", f"{due.reason}; the Hub's answer was lost")
             return due.becomes("gone", "not running any more" if found else "the user is gone")
+        if due.error or fresh.misleading:
+            return due.becomes("failed", error=RequestError(MISLEADING))
         if fresh.doubt:
             in_doubt = due.verdict.keep_because(fresh.doubt, in_doubt=True)
             return due._replace(verdict=in_doubt).becomes("spared", fresh.doubt)
@@ -1975,11 +1976,9 @@ class Pass:
     def _look_once_more(self, looked: Event, decided: Event) -> Event:
         """Spare what has been active while a decision took long, by the Hub's word, unless only the server's counts."""
         again = self._look(looked)
-        if not again.is_due:
-            return again
-        if again.target.active == looked.target.active or self.settings.asks_while_scanning:
+        if again.is_due and (again.target.active == looked.target.active or self.settings.asks_while_scanning):
             return decided
-        return again.becomes("spared", "it was active meanwhile")
+        return again.becomes("spared", "it was active meanwhile") if again.is_due else again
 
     def _delete(self, event: Event) -> Event:
         """Send the DELETE, and turn the answer into an outcome."""
@@ -1992,7 +1991,7 @@ class Pass:
             raise
         said = f"the Hub {answer}"
         if answer.status == 204:
-            removed = "; removed" if target.server and self.settings.remove_named_servers else ""
+            removed = "; removed" if action(target, self.settings) == "remove" else ""
             return event.becomes("culled", event.reason + removed)
         if answer.status == 202:
             waited = format_duration(timedelta(seconds=round(monotonic() - began)))
@@ -2053,10 +2052,14 @@ WOULD_BE = {"stop": "stopped", "remove": "removed", "delete": "deleted"}  # by a
 
 
 def action(target: Target, settings: Settings) -> str:
-    """What culling does to a server or user."""
+    """What culling does to a server or user.
+
+    A server with an odd name is never removed: behind a proxy that decodes paths, a stopped one could be instead.
+    """
     if target.is_user:
         return "delete"
-    return "remove" if target.server and settings.remove_named_servers else "stop"
+    may_remove = settings.remove_named_servers and not ODD_NAME.search(target.server or "/")
+    return "remove" if may_remove else "stop"
 
 
 def event_fields(event: Event, settings: Settings) -> dict[str, object]:
@@ -2270,7 +2273,7 @@ def explain_target(current: Pass, target: Target, kept: str = "") -> Iterator[tu
         yield "ready", "unknown" if target.doubt else why_not_ready(target) or "yes"
     for label, moment, lasted in (("active", target.active, verdict.idle), ("born", target.born, verdict.age)):
         yield label, f"{format_time(moment)}, {format_duration(lasted or ZERO)} ago" if moment else "unknown"
-    for number, rule in [] if target.doubt else current.judge.rules:
+    for number, rule in () if target.doubt else current.judge.rules:
         if is_user and not rule.for_users:
             continue
         if failing := next((match for match in rule.matches if not match.holds(target)), None):
@@ -2501,7 +2504,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, in the order in which they are declared."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[Any]] = {}
         for param in self.get_params(ctx):
             if heading := HEADINGS.get(param.name or ""):
                 records = sections[heading] = []
