@@ -53,9 +53,9 @@ def timed_receive(*arguments):
     finally:
         waits.append(time.perf_counter() - began)
 
-def timed_pass(current, report):
+def timed_pass(current):
     began = time.perf_counter()
-    make_pass(current, report)
+    make_pass(current)
     print(time.perf_counter() - began, sum(waits), current.figures["running"])
 
 socket.socket.recv_into = timed_receive
@@ -250,8 +250,7 @@ class Effort(NamedTuple):
 @cache
 def empty_pass(runs: int) -> list[list[Run]]:
     return in_turn(
-        (runs, lambda: on_scripted_hub(OURS, "--servers=0")),
-        (runs, lambda: on_scripted_hub(REFERENCE, "--servers=0")),
+        (runs, lambda: on_scripted_hub(OURS, "--servers=0")), (runs, lambda: on_scripted_hub(REFERENCE, "--servers=0"))
     )
 
 
