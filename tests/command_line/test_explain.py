@@ -223,11 +223,7 @@ def test_the_limits_of_a_rule_for_servers_do_not_count_for_users(cull_scripted: 
 
 @pytest.mark.parametrize(
     ("off", "says"),
-    [
-        (2 * HOUR + 30, ", 2h ahead .*"),
-        (-40 * DAY - 30, ", 40d behind .*"),
-        (0, ""),
-    ],
+    [(2 * HOUR + 30, ", 2h ahead .*"), (-40 * DAY - 30, ", 40d behind .*"), (0, "")],
     ids=["ahead", "behind", "right"],
 )
 def test_a_clock_that_is_wrong_is_shown_and_the_hubs_clock_counts(

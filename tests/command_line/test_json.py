@@ -376,10 +376,7 @@ PASSES = {
     "scope missing": Failing([], lambda hub: hub.scopes.remove("delete:servers"), 3, "delete:servers"),
     "no API": Failing([], lambda hub: hub.fault("*", ".*", respond(200, b"hello"), times=None), 3, "--url"),
     "list breaks off": Failing(
-        ["--api-page-size=1"],
-        lambda hub: hub.fault("GET", "/users", normal(), respond(500), times=None),
-        1,
-        "500",
+        ["--api-page-size=1"], lambda hub: hub.fault("GET", "/users", normal(), respond(500), times=None), 1, "500"
     ),
     "fuse": Failing(["--max-culls=1"], lambda hub: None, 1, "--max-culls"),
     "unreadable rule": Failing(

@@ -97,12 +97,7 @@ def test_the_readme_lists_all_that_rules_match() -> None:
 
 
 # What uses the features in the README's table of scopes, in its order.
-FEATURES = [
-    ["--rule=group=gpu keep"],
-    ["--rule=state.pod_name=x keep"],
-    ["--idle-by=both"],
-    ["--cull-users"],
-]
+FEATURES = [["--rule=group=gpu keep"], ["--rule=state.pod_name=x keep"], ["--idle-by=both"], ["--cull-users"]]
 
 
 def test_the_readme_has_the_scope_of_each_feature() -> None:

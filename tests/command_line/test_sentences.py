@@ -874,10 +874,7 @@ def test_a_second_look_that_does_not_show_the_server(
     ("scopes", "named"),
     [
         (["delete:servers"], "a filtered scope, such as delete:servers!group=…"),
-        (
-            ["delete:servers!group=a", "delete:servers!group=b"],
-            "delete:servers!group=a and delete:servers!group=b",
-        ),
+        (["delete:servers!group=a", "delete:servers!group=b"], "delete:servers!group=a and delete:servers!group=b"),
     ],
     ids=["no filter", "two filters"],
 )
@@ -1099,19 +1096,13 @@ RULE_HELP = (
     ("rule", "sentence"),
     [
         ("user=ann kep", f"'kep' in 'user=ann kep' is not understood: {RULE_HELP}."),
-        (
-            "user=ann",
-            f"'user=ann' sets nothing: put quotes around the whole rule; {RULE_HELP}.",
-        ),
+        ("user=ann", f"'user=ann' sets nothing: put quotes around the whole rule; {RULE_HELP}."),
         ("admin=yes keep", "'admin=yes': admin= is true or false."),
         (
             "timeout=1x",
             "'1x' is not a duration: write seconds, or numbers with units, such as 90s, 15m, 1.5h, 1h30m, 2d or 1w.",
         ),
-        (
-            "keep timeout=1h",
-            "'keep timeout=1h' has both keep and a limit, but keep means no limit: leave one out.",
-        ),
+        ("keep timeout=1h", "'keep timeout=1h' has both keep and a limit, but keep means no limit: leave one out."),
         ("'user=ann keep", '"\'user=ann keep": No closing quotation.'),
     ],
 )
@@ -1308,10 +1299,7 @@ def test_failures_of_many_kinds(cull_scripted: Cull, scripted: ScriptedHub) -> N
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        (raw(b""), "the connection was lost before the whole answer had come"),
-        (respond(503), "the Hub answered 503"),
-    ],
+    [(raw(b""), "the connection was lost before the whole answer had come"), (respond(503), "the Hub answered 503")],
 )
 def test_a_hub_that_is_gone_during_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub, fault: Reply, words: str

@@ -110,13 +110,7 @@ class FakeUser:
         return any(server.active and server.ready for server in list(self.servers.values()))
 
 
-LEAST_SCOPES = (
-    "delete:servers",
-    "list:users",
-    "read:servers",
-    "read:users:activity",
-    "read:users:name",
-)
+LEAST_SCOPES = ("delete:servers", "list:users", "read:servers", "read:users:activity", "read:users:name")
 ALL_SCOPES = (*LEAST_SCOPES, "admin:users", "delete:users", "read:users", "read:users:groups")
 SEEN_WITH = {
     "admin": {"read:users", "read:users:name"},

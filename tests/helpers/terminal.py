@@ -107,10 +107,7 @@ def read_some(terminal: int) -> bytes:
 def in_pipe(hub: RealHub | ScriptedHub, *args: str, env: Mapping[str, str] | None = None) -> tuple[bytes, bytes]:
     """Run `cull_idle.py --once --url HUB ARGS` without a terminal; returns its stdout and its stderr."""
     done = subprocess.run(
-        [*RUN, "--once", "--url", hub.url, *args],
-        env=environment(hub, env or {}),
-        capture_output=True,
-        check=True,
+        [*RUN, "--once", "--url", hub.url, *args], env=environment(hub, env or {}), capture_output=True, check=True
     )
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     return done.stdout, done.stderr

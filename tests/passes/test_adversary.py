@@ -607,11 +607,7 @@ def refused_looks(scripted: ScriptedHub) -> None:
 @pytest.mark.parametrize("how", [revoked, refused_looks])
 @pytest.mark.parametrize("kind", ["servers", "users"])
 def test_a_token_that_is_refused_ends_the_pass(
-    cull_scripted: Cull,
-    scripted: ScriptedHub,
-    how: Callable[[ScriptedHub], None],
-    concurrency: int,
-    kind: str,
+    cull_scripted: Cull, scripted: ScriptedHub, how: Callable[[ScriptedHub], None], concurrency: int, kind: str
 ) -> None:
     for number in range(300):
         if kind == "servers":

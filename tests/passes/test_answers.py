@@ -378,11 +378,7 @@ def test_a_retry_after_longer_than_the_usual_pause_is_waited_for(cull_scripted: 
     assert 1 <= pause_before_retry(scripted) < 2.5
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["0", "-600", "soon", "", "Mon, 01 Jan 2091 00:00:00 GMT", "\u00b2"],
-    ids=ascii,
-)
+@pytest.mark.parametrize("text", ["0", "-600", "soon", "", "Mon, 01 Jan 2091 00:00:00 GMT", "\u00b2"], ids=ascii)
 def test_a_retry_after_that_is_no_number_adds_nothing(cull_scripted: Cull, scripted: ScriptedHub, text: str) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("DELETE", "/users/ann/server", respond(503, headers={"Retry-After": text}))

@@ -539,11 +539,7 @@ def test_an_address_that_does_not_lead_to_this_hub(
     scripted.add("ann", idle=LONG_AGO, age=9 * HOUR)
     with ScriptedHub() as another:
         another.fault("GET", ".*", html(), times=None)
-        for word, port in (
-            ("REFUSES", free_ports(1)[0]),
-            ("ELSEWHERE", another.port),
-            ("PORT", scripted.port),
-        ):
+        for word, port in (("REFUSES", free_ports(1)[0]), ("ELSEWHERE", another.port), ("PORT", scripted.port)):
             url = url.replace(word, str(port))
         result = cull_asking("--idle-by", mode, "--servers-url", url)
     assert result.exit_code == 3

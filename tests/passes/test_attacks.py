@@ -215,9 +215,7 @@ def test_an_answer_that_is_no_boolean_keeps_that_server_and_is_said(
 
 @pytest.mark.parametrize("answer", [True, False, None])
 @pytest.mark.parametrize(
-    "source",
-    [FUTURE, AWAITABLE, "async def f(): return ANSWER"],
-    ids=["a future", "an object", "a coroutine"],
+    "source", [FUTURE, AWAITABLE, "async def f(): return ANSWER"], ids=["a future", "an object", "a coroutine"]
 )
 def test_what_can_be_awaited_is_awaited(
     cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path, source: str, answer: bool | None

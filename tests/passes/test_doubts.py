@@ -71,10 +71,7 @@ def test_a_server_that_is_no_object_is_kept_and_reported(
 
 
 @pytest.mark.parametrize("arguments", [[], ["--cull-users"]], ids=["servers only", "users too"])
-@pytest.mark.parametrize(
-    "servers",
-    [DROP, None, [], [{"name": ""}], "none", 0, False],
-)
+@pytest.mark.parametrize("servers", [DROP, None, [], [{"name": ""}], "none", 0, False])
 def test_a_user_whose_servers_are_unclear_is_kept_and_reported(
     cull_scripted: Cull, scripted: ScriptedHub, servers: object, arguments: list[str]
 ) -> None:
@@ -127,9 +124,7 @@ def test_the_servers_of_an_unclear_user_are_culled(
 
 
 @pytest.mark.parametrize(
-    "model",
-    [None, [], "ann", 17, True, {}, {"name": ""}, {"name": None}, {"name": 5}, {"name": ["ann"]}],
-    ids=repr,
+    "model", [None, [], "ann", 17, True, {}, {"name": ""}, {"name": None}, {"name": 5}, {"name": ["ann"]}], ids=repr
 )
 def test_a_user_without_a_name_is_reported(cull_scripted: Cull, scripted: ScriptedHub, model: object) -> None:
     scripted.add("bob", idle=LONG_AGO)

@@ -100,10 +100,7 @@ OUTCOMES = {
         "look": Pass("ann cat", "zoe", 0, 0),
     },
     # The page is read, but the list ends with it.
-    "e": {
-        "first page": Pass("ann", "", 1, 1),
-        "middle page": Pass("ann bob", "", 1, 1),
-    },
+    "e": {"first page": Pass("ann", "", 1, 1), "middle page": Pass("ann bob", "", 1, 1)},
 }
 
 

@@ -526,11 +526,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(there=SERVERS_TO_BE, flags=FLAGS, troubles=TROUBLES, surprises=SURPRISES)
     def a_pass_is_made(
-        self,
-        there: list[ToBe],
-        flags: Flags,
-        troubles: list[Trouble],
-        surprises: list[tuple[Change, int, int, int]],
+        self, there: list[ToBe], flags: Flags, troubles: list[Trouble], surprises: list[tuple[Change, int, int, int]]
     ) -> None:
         self.servers_are_there(there)
         self.hub.fail(troubles)

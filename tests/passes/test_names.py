@@ -12,14 +12,7 @@ from urllib.parse import quote, unquote
 import pytest
 from hub import RealHub, full_name
 from runs import Cull
-from scripted_hub import (
-    LONG_AGO,
-    PREFIX,
-    ScriptedHub,
-    edited,
-    redirect,
-    respond_json,
-)
+from scripted_hub import LONG_AGO, PREFIX, ScriptedHub, edited, redirect, respond_json
 
 import cull_idle
 

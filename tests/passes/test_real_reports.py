@@ -277,8 +277,7 @@ def test_a_rule_that_applies_to_nobody_is_said_by_each_single_pass(
 
 
 @pytest.mark.parametrize(
-    ("age", "warned"),
-    [("12", True), ("5m29s", True), ("5m30s", False), ("12h", False), ("0", False), ("never", False)],
+    ("age", "warned"), [("12", True), ("5m29s", True), ("5m30s", False), ("12h", False), ("0", False), ("never", False)]
 )
 def test_a_small_maximum_age_is_a_warning(cull_scripted: Cull, age: str, warned: bool) -> None:
     result = cull_scripted("--timeout=1h", f"--max-age={age}")

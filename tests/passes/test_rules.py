@@ -233,10 +233,7 @@ def test_users_have_limits_of_their_own(
 
 @pytest.mark.parametrize(
     ("rule", "scope", "extra"),
-    [
-        ("group=gpu keep", "read:users:groups", {"groups": DROP}),
-        ("admin=true keep", "list:users", {"admin": DROP}),
-    ],
+    [("group=gpu keep", "read:users:groups", {"groups": DROP}), ("admin=true keep", "list:users", {"admin": DROP})],
 )
 def test_a_rule_on_a_field_of_the_user_that_is_not_shown_ends_the_pass(
     cull_scripted: Cull, scripted: ScriptedHub, rule: str, scope: str, extra: dict[str, Any]
@@ -280,8 +277,7 @@ def test_a_field_of_a_rule_that_the_second_look_does_not_show_ends_the_pass(
 
 
 @pytest.mark.parametrize(
-    ("rule", "scope"),
-    [("group=gpu timeout=30m", "read:users:groups"), ("state.pod=x keep", "admin:server_state")],
+    ("rule", "scope"), [("group=gpu timeout=30m", "read:users:groups"), ("state.pod=x keep", "admin:server_state")]
 )
 def test_a_scope_that_a_rule_needs_is_named_at_once_with_the_role(
     hub: RealHub, cull_real: Cull, rule: str, scope: str

@@ -384,9 +384,7 @@ def test_a_pass_that_does_not_see_a_server_causes_no_second_warning(
     loop: RunLoop, nearly: ScriptedHub, trouble: Callable[[ScriptedHub], None]
 ) -> None:
     passes = loop(
-        nearly,
-        *ARGS,
-        between=[lambda: trouble(nearly), nearly.resume, lambda: nearly.add("ann", idle=NEARLY_DUE + 60)],
+        nearly, *ARGS, between=[lambda: trouble(nearly), nearly.resume, lambda: nearly.add("ann", idle=NEARLY_DUE + 60)]
     ).passes
     assert [warned(each) for each in passes] == [["ann", "bob"], [], [], ["ann"]]
 

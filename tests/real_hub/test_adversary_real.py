@@ -13,11 +13,7 @@ TOKENS = {"of-servers": "filtered-token-of-servers", "of-users": "filtered-token
 SEE = ["list:users", "read:users:activity", "read:servers"]
 ROLES = [
     {"name": "of-servers", "services": ["of-servers"], "scopes": [*SEE, "delete:servers!group=students"]},
-    {
-        "name": "of-users",
-        "services": ["of-users"],
-        "scopes": [*SEE, "delete:servers", "delete:users!group=students"],
-    },
+    {"name": "of-users", "services": ["of-users"], "scopes": [*SEE, "delete:servers", "delete:users!group=students"]},
 ]
 CONFIG = f"""
 c.JupyterHub.services += [dict(name=name, api_token=token) for name, token in {TOKENS!r}.items()]

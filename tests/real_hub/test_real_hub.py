@@ -305,11 +305,7 @@ def test_all_pages_are_read(hub: RealHub, cull_real: Cull) -> None:
         (["read:servers", "delete:servers"], [], {"list:users"}),
         (["list:users", "delete:servers"], [], {"read:servers"}),
         (["read:users:name"], [], {"list:users", "read:servers", "delete:servers"}),
-        (
-            ["list:users", "read:servers", "delete:servers"],
-            ["--cull-users"],
-            {"admin:users", "read:users:activity"},
-        ),
+        (["list:users", "read:servers", "delete:servers"], ["--cull-users"], {"admin:users", "read:users:activity"}),
     ],
 )
 def test_a_missing_scope_is_named_with_the_role_that_grants_it(

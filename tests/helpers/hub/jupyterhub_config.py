@@ -66,11 +66,7 @@ else:
     c.JupyterHub.load_roles = [
         {"name": "admin", "services": ["admin"]},
         {"name": "culler", "services": ["culler"], "scopes": culler_scopes},
-        {
-            "name": "user-culler",
-            "services": ["user-culler"],
-            "scopes": culler_scopes + ["admin:users"],
-        },
+        {"name": "user-culler", "services": ["user-culler"], "scopes": culler_scopes + ["admin:users"]},
     ]
 
 if jupyterhub.version_info >= (5,):
