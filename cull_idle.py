@@ -1843,8 +1843,8 @@ class Pass:
         if verdict.in_doubt:
             self.doubts.append("" if self.doubts else f"{target}: {verdict.reason}")
         due_at, limit = self.judge.due_soon(target, now, self.settings.warn_before or ZERO)
-        before = self.warned.get(target.key) or self.warned_before.get(target.key) or LONG_AGO
         if due_at:
+            before = self.warned.get(target.key) or self.warned_before.get(target.key) or LONG_AGO
             self.warned[target.key] = due_at
         if not due_at or abs(due_at - before) < SAME_TIME:
             return Event(target, verdict, "kept", verdict.reason if self.settings.level == "debug" else "")
