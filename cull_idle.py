@@ -330,8 +330,7 @@ def parse_user(model: Any) -> list[Target]:
     The user comes first. A field that is missing or malformed becomes a `doubt`. Raises ValueError only for a model
     without a name. https://jupyterhub.readthedocs.io/en/stable/reference/rest-api.html#/default/get_users
     """
-    if not name_of(model):
-        raise ValueError("answered a user without a name")
+    servers = parse_servers(model)
     admin = model.get("admin")
     created, active, doubt = parse_times(model, "created")
     if "last_activity" not in model:
@@ -340,7 +339,7 @@ def parse_user(model: Any) -> list[Target]:
         doubt = doubt or "the Hub does not say whether the user is an admin"
     name = model["name"]
     user = Target(name, None, created, active, True, admin=admin is True, doubt=doubt, model=model, user_model=model)
-    return [user, *parse_servers(model)]
+    return [user, *servers]
 
 
 def parse_times(model: Mapping[str, Any], birth: str) -> tuple[datetime | None, datetime | None, str]:
@@ -359,8 +358,10 @@ def name_of(model: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-def parse_servers(user: Mapping[str, Any]) -> list[Target]:
-    """Turn the servers in a user model into values."""
+def parse_servers(user: Any) -> list[Target]:
+    """Turn the servers in a user model into values. Raises ValueError as parse_user does."""
+    if not name_of(user):
+        raise ValueError("answered a user without a name")
     servers = user.get("servers")
     if isinstance(servers, dict):
         if "" not in servers and user.get("pending"):
@@ -1814,15 +1815,15 @@ class Pass:
         users = []
         for model in models:
             try:
-                users.append(parse_user(model))
+                users.append(parse_servers(model) or (parse_user(model) if self.settings.cull_users else []))
             except ValueError as error:
                 self.doubts.append(f"the Hub: {error}")
         self.figures["users"] += len(users)
-        asked = self._ask_page([server for _, *servers in users for server in servers])
-        for user, *servers in users:
+        asked = self._ask_page([target for found in users for target in found if not target.is_user])
+        for found in users:
             if self.stop.is_set():  # an arbiter may be slow
                 return
-            for target in servers or ([user] if self.settings.cull_users else []):
+            for target in found:
                 event = self._decide(asked.get(target.key, target))
                 if event.is_due:
                     due.setdefault(target.key, event)
@@ -2271,8 +2272,8 @@ def explain_target(current: Pass, target: Target, kept: str = "") -> Iterator[tu
         yield "asked", current.asker.first.get(asked, asked)
     if not is_user:
         yield "ready", "unknown" if target.doubt else why_not_ready(target) or "yes"
-    for label, moment, lasted in (("active", target.active, verdict.idle), ("born", target.born, verdict.age)):
-        yield label, f"{format_time(moment)}, {format_duration(lasted or ZERO)} ago" if moment else "unknown"
+    for label, moment in (("active", target.active), ("born", target.born)):
+        yield label, f"{format_time(moment)}, {format_duration(max(now - moment, ZERO))} ago" if moment else "unknown"
     for number, rule in () if target.doubt else current.judge.rules:
         if is_user and not rule.for_users:
             continue
@@ -2288,9 +2289,8 @@ def explain_target(current: Pass, target: Target, kept: str = "") -> Iterator[tu
         yield label, f"{limit}, which is at {format_time(due)}" if due else str(limit)
     if settings.arbiter and not is_user:
         yield "arbiter", "decides in place of the timeout"
-    kept = kept or (MISLEADING if target.misleading else "")
-    would_be = f"would be {WOULD_BE[action(target, settings)]}"
-    yield "verdict", f"{would_be}: {verdict.reason}" if verdict.cull and not kept else f"kept: {kept or verdict.reason}"
+    kept = kept or (MISLEADING if target.misleading else "" if verdict.cull else verdict.reason)
+    yield "verdict", f"kept: {kept}" if kept else f"would be {WOULD_BE[action(target, settings)]}: {verdict.reason}"
 
 
 # ---- The loop, with token and signals
