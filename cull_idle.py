@@ -384,7 +384,7 @@ def parse_server(name: str, model: Any, user: Mapping[str, Any]) -> Target:
     if not isinstance(model, dict):
         return Target(user["name"], name, doubt="its model is not a JSON object")
     keys = ("last_activity", "ready", "pending")
-    if not any(key in model for key in keys):
+    if model.keys().isdisjoint(keys):
         # JupyterHub 0.6 to 0.8: `url` is set once the server is ready; all else is known of the user only.
         model = {**model, **{key: user.get(key) for key in keys}, "ready": bool(model.get("url"))}
     started, active, doubt = parse_times(model, "started")
