@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an optional 
 make_command = functools.cache(cull_idle.make_command)  # else made anew for each run, which takes a tenth of it
 
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")  # a machine may have set them for all
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private CA, `ca`, and the certificate of a Hub or a proxy on loopback that it vouches for, `server`."""
+    folder = tmp_path_factory.mktemp("certificates")
+    certipy = import_module("certipy").Certipy(store_dir=str(folder))
+    certipy.create_ca("ca")
+    certipy.create_signed_pair("server", "ca", alt_names=["IP:127.0.0.1"])
+    return folder
 
 
 @pytest.fixture

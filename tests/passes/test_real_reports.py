@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -300,21 +299,11 @@ def test_a_page_that_times_out_names_the_size_of_a_page(cull_scripted: Cull, scr
 # 10. Certificates and byte order marks
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A private CA, and the certificate of a Hub that it vouches for."""
-    folder = tmp_path_factory.mktemp("certificates")
-    certipy = import_module("certipy").Certipy(store_dir=str(folder))
-    certipy.create_ca("ca")
-    certipy.create_signed_pair("hub", "ca", alt_names=["IP:127.0.0.1"])
-    return folder
-
-
 @pytest.fixture
 def secure(certificates: Path) -> Iterator[ScriptedHub]:
     """A Hub that speaks TLS."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificates / "hub/hub.crt", certificates / "hub/hub.key")
+    context.load_cert_chain(certificates / "server/server.crt", certificates / "server/server.key")
     with ScriptedHub() as hub:
         assert hub._listener
         plain = hub._listener.socket

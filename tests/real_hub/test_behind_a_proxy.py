@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import import_module
 from pathlib import Path
 from posixpath import normpath
 from typing import Any, ClassVar, Self
@@ -62,13 +61,13 @@ class ReverseProxy(ThreadingHTTPServer):
     def __init__(self, hub: RealHub, certificates: Path, rewrite: Rewrite = unchanged) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificates / "proxy/proxy.crt", certificates / "proxy/proxy.key")
+        context.load_cert_chain(certificates / "server/server.crt", certificates / "server/server.key")
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         inside = urlsplit(hub.url)
         self.hub = f"{inside.hostname}:{inside.port}"
         self.rewrite = rewrite
         self.url = f"https://127.0.0.1:{self.server_port}{self.prefix}{inside.path}"
-        self.trusted = {"REQUESTS_CA_BUNDLE": str(certificates / "private-ca/private-ca.crt")}
+        self.trusted = {"REQUESTS_CA_BUNDLE": str(certificates / "ca/ca.crt")}
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -123,16 +122,6 @@ def hub(prefixed_hub: RealHub) -> Iterator[RealHub]:
     prefixed_hub.spawn_many([("idle", "", IDLE_USER), ("busy", "", BUSY)])
     yield prefixed_hub
     prefixed_hub.clear()
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those of a private CA, and of a proxy that it vouches for."""
-    directory = tmp_path_factory.mktemp("certificates")
-    certipy = import_module("certipy").Certipy(store_dir=str(directory))
-    certipy.create_ca("private-ca")
-    certipy.create_signed_pair("proxy", "private-ca", alt_names=["IP:127.0.0.1"])
-    return directory
 
 
 @pytest.fixture
