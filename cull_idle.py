@@ -337,8 +337,8 @@ def parse_user(model: Any) -> list[Target]:
         doubt = "its last_activity is not shown; the token needs the scope read:users:activity"
     elif not isinstance(admin, bool):
         doubt = doubt or "the Hub does not say whether the user is an admin"
-    name = model["name"]
-    user = Target(name, None, created, active, True, admin=admin is True, doubt=doubt, model=model, user_model=model)
+    user = Target(model["name"], None, created, active, True, admin=admin is True, doubt=doubt)
+    user.model = user.user_model = model
     return [user, *servers]
 
 
@@ -379,19 +379,21 @@ def parse_servers(user: Any) -> list[Target]:
     ]
 
 
+SERVER_KEYS = frozenset(("last_activity", "ready", "pending"))  # that a server's model has had since JupyterHub 0.9
+
+
 def parse_server(name: str, model: Any, user: Mapping[str, Any]) -> Target:
     """Turn a server model, with the user model around it, into values."""
     if not isinstance(model, dict):
         return Target(user["name"], name, doubt="its model is not a JSON object")
-    keys = ("last_activity", "ready", "pending")
-    if model.keys().isdisjoint(keys):
+    if model.keys().isdisjoint(SERVER_KEYS):
         # JupyterHub 0.6 to 0.8: `url` is set once the server is ready; all else is known of the user only.
-        model = {**model, **{key: user.get(key) for key in keys}, "ready": bool(model.get("url"))}
+        model = {**model, **{key: user.get(key) for key in SERVER_KEYS}, "ready": bool(model.get("url"))}
     started, active, doubt = parse_times(model, "started")
     ready = model.get("ready")
     pending = str(model.get("pending") or "")
-    if missing := [key for key in keys if key not in model]:
-        doubt = f"{missing[0]} is missing"
+    if missing := SERVER_KEYS.difference(model):
+        doubt = f"{min(missing)} is missing"
     elif not isinstance(ready, bool):
         doubt = doubt or "ready is neither true nor false"
     server = Target(user["name"], name, started, active, ready is True and not doubt, pending, doubt=doubt)
@@ -468,9 +470,9 @@ class Verdict:
         lasted = self.idle if self.limit.of == "idle" else self.age
         return f"{self.limit.of} {short(lasted or ZERO)}, {self.limit}{self.source}"
 
-    def keep_because(self, why: str, *, in_doubt: bool = False) -> Verdict:
-        """The same figures, but kept, for this reason."""
-        return replace(self, cull=False, limit=None, why=why, in_doubt=in_doubt)
+    def keep_in_doubt(self, why: str) -> Verdict:
+        """The same figures, but kept, because this is not understood."""
+        return replace(self, cull=False, limit=None, why=why, in_doubt=True)
 
 
 def why_not_ready(target: Target) -> str:
@@ -641,9 +643,9 @@ class Arbiter(NamedTuple):
             says = one_line(repr(answer), 40)
         except BaseException as error:  # whatever the administrator's function raises; stop_signals handles Ctrl-C
             why = f"the arbiter failed: {one_line(traceback.format_exception_only(error)[-1].strip())}"
-            return verdict.keep_because(why, in_doubt=True)
+            return verdict.keep_in_doubt(why)
         if says not in ("True", "False", "None", "np.True_", "np.False_"):  # numpy has booleans of its own
-            return verdict.keep_because(f"the arbiter returned {says}, which is neither true nor false", in_doubt=True)
+            return verdict.keep_in_doubt(f"the arbiter returned {says}, which is neither true nor false")
         cull = "True" in says
         why = f"the arbiter says {'cull' if cull else 'keep'}, idle {short(verdict.idle or ZERO)}"
         return replace(verdict, cull=cull, limit=None, why=why)
@@ -953,20 +955,21 @@ class Judge:
         self.rules = list(enumerate(settings.rule, 1))  # with their numbers
         self.unused = dict(self.rules)  # those that have applied to nobody
         self._settings = settings
+        limits = Limit("idle", settings.timeout), Limit("age", settings.max_age or NEVER)
+        self._default = Policy(*limits, "" if settings.cull_default_servers else "default servers are not culled")
+        self._named = Policy(*limits, "" if settings.cull_named_servers else "named servers are not culled")
+        timeout = settings.timeout if settings.user_timeout is None else settings.user_timeout
+        max_age = settings.max_age if settings.user_max_age is None else settings.user_max_age
+        limits = Limit("idle", timeout), Limit("age", max_age or NEVER)
+        self._users = Policy(*limits)
+        self._admins = Policy(*limits, "" if settings.cull_admin_users else "admins are not deleted")
 
     def policy(self, target: Target) -> Policy:
         """The policy for a server or user: that of the options, changed by the first rule that applies."""
-        settings = self._settings
-        timeout, max_age = settings.timeout, settings.max_age
         if target.is_user:
-            timeout = timeout if settings.user_timeout is None else settings.user_timeout
-            max_age = max_age if settings.user_max_age is None else settings.user_max_age
-            keep = "" if settings.cull_admin_users or not target.admin else "admins are not deleted"
-        elif target.server:
-            keep = "" if settings.cull_named_servers else "named servers are not culled"
+            policy = self._admins if target.admin else self._users
         else:
-            keep = "" if settings.cull_default_servers else "default servers are not culled"
-        policy = Policy(Limit("idle", timeout), Limit("age", max_age or NEVER), keep)
+            policy = self._named if target.server else self._default
         if target.doubt:  # kept in any case, and its model may lack what a rule matches
             return policy
         for number, rule in self.rules:
@@ -1004,10 +1007,10 @@ class Judge:
         policy = self.policy(server)
         if self._settings.arbiter:  # nobody knows what it will say
             policy = policy._replace(timeout=Limit("idle", NEVER))
-        if not judge(server, policy, now + within).cull:
+        end = now + within
+        if not judge(server, policy, end).cull:
             return None, None
         limits = ((server.active, policy.timeout), (server.born, policy.max_age))
-        end = now + within
         due = [(since + limit.duration, limit) for since, limit in limits if since and limit.duration <= end - since]
         return min(due, key=lambda each: each[0])
 
@@ -1732,6 +1735,7 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.judge = Judge(self.settings)
+        self.debug = self.settings.level == "debug"
         if self.settings.idle_by != "hub":
             self.asker = Asker(self.hub, self.settings)
         steps = map(parse_duration, IDLE_STEPS if self.settings.dry_run else ())
@@ -1820,24 +1824,24 @@ class Pass:
                 self.doubts.append(f"the Hub: {error}")
         self.figures["users"] += len(users)
         asked = self._ask_page([target for found in users for target in found if not target.is_user])
+        now = self.hub.clock.now()
         for found in users:
             if self.stop.is_set():  # an arbiter may be slow
                 return
             for target in found:
-                event = self._decide(asked.get(target.key, target))
+                event = self._decide(asked.get(target.key, target), now)
                 if event.is_due:
                     due.setdefault(target.key, event)
-                elif event.outcome == "warned" or self.settings.level == "debug":
+                elif event.reason:
                     self.report(event)
 
-    def _decide(self, target: Target) -> Event:
-        """Decide about a server or user, and count it."""
-        now = self.hub.clock.now()
+    def _decide(self, target: Target, now: datetime) -> Event:
+        """Decide about a server or user, and count it. What is kept has a reason only at level debug."""
         verdict = self.judge.decide(target, now)
         if not target.is_user and target.ready:
             self.figures["running"] += 1
             for step in self.idle_for:
-                self.idle_for[step] += verdict.idle is not None and verdict.idle >= step
+                self.idle_for[step] += (verdict.idle or ZERO) >= step
         if verdict.cull:
             error = RequestError(MISLEADING) if target.misleading else None
             return Event(target.without_models(), verdict, "planned", verdict.reason, error)
@@ -1848,7 +1852,7 @@ class Pass:
             before = self.warned.get(target.key) or self.warned_before.get(target.key) or LONG_AGO
             self.warned[target.key] = due_at
         if not due_at or abs(due_at - before) < SAME_TIME:
-            return Event(target, verdict, "kept", verdict.reason if self.settings.level == "debug" else "")
+            return Event(target, verdict, "kept", verdict.reason if self.debug else "")
         self.figures["warned"] += 1
         reason = f"{replace(verdict, limit=limit).reason}; due in {short(due_at - now)}"
         return Event(target.without_models(), verdict, "warned", reason, due_at=due_at)
@@ -1930,9 +1934,7 @@ class Pass:
         if event.is_due and monotonic() - since > OLD_DECISION:
             event = self._look_once_more(looked, event)
         event = event._replace(target=event.target.without_models())
-        if event.is_due and not self._is_over:
-            return self._delete(event)
-        return event
+        return self._delete(event) if event.is_due and not self._is_over else event
 
     def _look(self, due: Event) -> Event:
         """The second look: something due with its target as it is now, or what becomes of it."""
@@ -1947,7 +1949,7 @@ class Pass:
         if due.error or fresh.misleading:
             return due.becomes("failed", error=RequestError(MISLEADING))
         if fresh.doubt:
-            in_doubt = due.verdict.keep_because(fresh.doubt, in_doubt=True)
+            in_doubt = due.verdict.keep_in_doubt(fresh.doubt)
             return due._replace(verdict=in_doubt).becomes("spared", fresh.doubt)
         if fresh.pending == "stop":
             return due.becomes("stopping", "the Hub is stopping it already")
@@ -2012,9 +2014,9 @@ class Pass:
         scope, *others = ["admin:users", "delete:users"] if target.is_user else ["delete:servers"]
         said = f"the Hub {answer}"
         if answer.status == 404 and answer.own:
-            filtered = self.identity.filtered(scope, *others) if self.identity else ""
-            filtered = filtered or f"a filtered scope, such as {scope}!group=…"
-            return RequestError(f"{said}: it is still there, so it is not covered by {filtered}")
+            filtered = self.identity and self.identity.filtered(scope, *others)
+            by = filtered or f"a filtered scope, such as {scope}!group=…"
+            return RequestError(f"{said}: it is still there, so it is not covered by {by}")
         if answer.status not in (401, 403):
             return RequestError(said)
         hint = answer.refusal_hint
@@ -2202,7 +2204,7 @@ def show_plan(events: Sequence[Event], done: Pass) -> None:
     width = LONGEST_NAME if sys.stdout.isatty() else LONGEST_TEXT
     rows = [("SERVER", "IDLE", "AGE", "WOULD BE")]
     for event in sorted(events, key=lambda event: event.verdict.idle or ZERO, reverse=True):
-        planned = event.outcome == "planned" and not event.error
+        planned = event.is_due and not event.error
         would_be = WOULD_BE[action(event.target, settings)] if planned else "failed" if event.error else event.outcome
         idle, age = ("-" if figure is None else short(figure) for figure in (event.verdict.idle, event.verdict.age))
         rows.append((printable(str(event.target), width), idle, age, f"{would_be}: {event.why}"))

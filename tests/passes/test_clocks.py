@@ -29,9 +29,9 @@ def populate(scripted: ScriptedHub) -> None:
     scripted.add("busy", idle=0)
     scripted.add("old", idle=0, age=9 * HOUR)
     scripted.add("young", idle=0, age=7 * HOUR)
-    scripted.add("pair", idle=LONG_AGO)
+    scripted.add("pair", idle=LONG_AGO + 1)  # not as idle as others: a table has no order among equals
     scripted.add("pair", "gpu", idle=60)
-    scripted.add_user("asleep", idle=LONG_AGO)
+    scripted.add_user("asleep", idle=LONG_AGO + 2)
     scripted.add_user("awake", idle=60)
 
 
