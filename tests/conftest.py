@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -10,17 +9,17 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import messages
 import pytest
-import requests
 from hub import RealHub
+from messages import Says
 from processes import Running, Start
 from runs import Cull, Loop, Result, RunLoop
+from scenes import Play, Scene
 from scripted_hub import DROP, ScriptedHub
 from settings import SettingsOf
 
@@ -44,7 +43,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Cull:
+def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cull:
     """Run `cull_idle.py ARGS` with a token and nothing else of ours in the environment; no run may print the token."""
 
     def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
@@ -57,8 +56,7 @@ def cull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], re
             monkeypatch.setenv("JUPYTERHUB_API_TOKEN", token)
         monkeypatch.setattr(cull_idle, "make_command", make_command)
         capsys.readouterr()
-        with traced_by(request.config.stash[TRACE]):
-            exit_code = cull_idle.main(list(args))
+        exit_code = cull_idle.main(list(args))
         result = Result(exit_code, *capsys.readouterr())
         assert "Traceback" not in result.out + result.err
         assert not token or not token.strip() or token not in result.out + result.err
@@ -185,44 +183,49 @@ def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
     return run
 
 
+@pytest.fixture
+def play(cull_scripted: Cull, scripted: ScriptedHub, says: Says) -> Play:
+    """Play a scene: prepare the scripted Hub, run the program once, compare what came of it."""
+
+    def run(scene: Scene) -> Result:
+        for given in scene.given:
+            given(scripted)
+        result = cull_scripted(*scene.arguments, env=scene.env)
+        scene.check(result, scripted.requests)
+        if scene.says:  # servers are culled in random order
+            said = messages.steady(result.err).splitlines()
+            says("\n".join([*sorted(said[:-1]), *said[-1:], *result.out.splitlines()]))
+        return result
+
+    return run
+
+
+@pytest.fixture
+def says(request: pytest.FixtureRequest) -> Says:
+    """Compare a text with the section of this test in tests/messages.txt; helpers/messages.py says how to update it."""
+    node = request.node
+    row = node.callspec.id if hasattr(node, "callspec") else node.name.removeprefix("test_").replace("_", " ")
+    head = f"{node.path.stem.removeprefix('test_')}: {row}"
+
+    def compare(text: str) -> None:
+        if request.config.getoption("update_messages"):
+            messages.write({**messages.read(), head: messages.steady(text)})
+        assert messages.steady(text) == messages.read().get(head), f"{head}: see helpers/messages.py"
+
+    return compare
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let tests/by_hand/matrix.py choose the real Hub."""
+    """Let tests/by_hand/matrix.py choose the real Hub, and a developer take over new messages."""
+    parser.addoption("--update-messages", action="store_true", help="write tests/messages.txt anew; with -n0")
     group = parser.getgroup("the real Hub")
     group.addoption("--hub-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
-# Coverage on Python 3.11 slows down all code, not only what it measures. So only the program runs with it, and tests
-# that call parts of it.
-
-TRACE = pytest.StashKey[Any]()  # the trace function of coverage; None without it
-
-
-@contextlib.contextmanager
-def traced_by(trace: Any) -> Iterator[None]:
-    """Have this thread traced by another trace function, or by none."""
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but without coverage. What it calls of the program is measured in tests that start a process."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with traced_by(None):
-            return function(*args, **kwargs)
-
-    return call
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("cov_context", None):  # by which mutants.py learns all that each test runs
-        requests.adapters.HTTPAdapter.send = not_traced(requests.adapters.HTTPAdapter.send)  # type: ignore[method-assign]
+    if config.getoption("update_messages") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--update-messages needs -n0: several processes would overwrite each other's sections")
     # A shell that starts the tests in the background lets them, and the programs that they start, ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
@@ -231,47 +234,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(feature, ...): those of hub.SINCE that the real Hub must have")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None]:
-    with traced_by(None):
-        yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    session.config.stash[TRACE] = sys.gettrace()
-    with traced_by(None):
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
-    with traced_by(None if "cull" in item.fixturenames else item.config.stash[TRACE]):
-        return (yield)
-
-
-# pytest-xdist would begin with the files of most tests. With one of these, which have few tests but take long, a worker
-# would be left alone at the end.
-LONG_FILES = (
-    "deployment",
-    "real_hub",
-    "drop_in",
-    "servers_asked",
-    "token_file",
-    "signals",
-    "loop",
-    "progress",
-    "model_based",
-    "race",
-    "behind_a_proxy",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first. Tell the report of --junitxml the behaviour that each test is for."""
-    count = Counter(item.path for item in items)
-    names = {f"test_{name}" for name in LONG_FILES}
-    items.sort(key=lambda item: (item.path.stem not in names, -count[item.path], item.path))
+    """Put what takes longest first. Tell the report of --junitxml the behaviour that each test is for."""
+    items.sort(key=lambda item: (item.path.parent.name != "real_hub", item.path))
     for item in items:
         item.user_properties += [("behaviour", marker.args[0]) for marker in item.iter_markers("behaviour")]
 

@@ -1,0 +1,44 @@
+"""tests/messages.txt: what the program says, in one file that is read as a diff.
+
+A test shows its text to the fixture `says`, which compares it with the section of that test. Nothing else compares
+wording. After a change, write the sections of the tests that you run anew, and read the diff. Remove the file first if
+a section has lost its test.
+
+    pytest -n0 --update-messages
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+FILE = Path(__file__).parents[1] / "messages.txt"
+HEAD = "== "
+CHANGING = (  # what differs from run to run, and what stands in place of it
+    (re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE), ""),
+    (re.compile(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
+    (re.compile(r"127\.0\.0\.1:\d+"), "HUB"),
+    (re.compile(r"(?<= in )\d+(\.\d+)?s$", re.MULTILINE), "N s"),
+    (re.compile(r"/\S*/(popen-gw\d+|pytest-\d+)/[^\s:'\"]*?\d(?=/)"), "TMP"),
+)
+Says = Callable[[str], None]
+
+
+def steady(text: str) -> str:
+    """The text without what differs from run to run."""
+    for pattern, replacement in CHANGING:
+        text = pattern.sub(replacement, text)
+    return text.rstrip("\n")
+
+
+def read() -> dict[str, str]:
+    """The sections by their heads."""
+    text = "\n" + (FILE.read_text("utf-8") if FILE.exists() else "")
+    parts = (part.partition("\n") for part in text.split("\n" + HEAD)[1:])
+    return {head: body.rstrip("\n") for head, _, body in parts}
+
+
+def write(sections: Mapping[str, str]) -> None:
+    """Write the sections, sorted by their heads."""
+    FILE.write_text("".join(f"{HEAD}{head}\n{body}\n\n" for head, body in sorted(sections.items())), "utf-8")
