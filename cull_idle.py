@@ -1377,7 +1377,8 @@ class Hub:
             base = below_hub[1] if below_hub else found.path.removesuffix("/users").rstrip("/")
             better = f"{found.scheme}://{found.netloc}{base}/hub/api"
             known = below_hub or found.hostname == urlsplit(self.url).hostname
-            if known and better != self.url and re.fullmatch("[!-~]+", better):
+            # Nothing that a shell would run or change, should somebody paste it.
+            if known and better != self.url and re.fullmatch(r"[A-Za-z0-9_.:/~%\[\]-]+", better):
                 return f"{API_HINT}: try --url {better}"
         return API_HINT
 
