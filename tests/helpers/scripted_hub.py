@@ -1,39 +1,29 @@
-"""A Hub over real sockets that misbehaves on command.
+"""A Hub over real sockets that misbehaves on command: for what a real JupyterHub cannot be made to do.
 
-For what a real JupyterHub cannot be made to do: faults, garbage, races, a million servers.
-Left alone it answers as Hub 6.1.1 does. In a test:
+Left alone it answers as JupyterHub 6.1.1 does; real_hub/test_contract.py compares the two. In a test:
 
     with ScriptedHub() as hub:
         hub.add("ann", idle=7200)
         hub.fault("DELETE", "/users/ann/server", respond(503), reset())
         ...
         assert hub.running() == set()
-
-By itself it is a Hub with many servers, to measure against:
-
-    python tests/helpers/scripted_hub.py --servers 100000
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import signal
 import socket
-import socketserver
 import struct
 import sys
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -43,12 +33,22 @@ HOUR = 3600
 LONG_AGO = 2 * HOUR + 30.0
 NEARLY_DUE = 50 * 60 + 30.0  # with a timeout of an hour
 PAGINATION = "application/jupyterhub-pagination+json"
-NO_ACCESS = "No access to resources or resources not found"
-"""What a Hub says of whatever a filtered scope does not cover."""
-DROP = object()
-"""In an `extra`: the Hub leaves this key out."""
-FROM_CLOCK = "from the clock"
-"""For `ScriptedHub.date_header`: what `clock` says."""
+NO_ACCESS = "No access to resources or resources not found"  # what a Hub says of whatever a filtered scope leaves out
+DROP = object()  # in an `extra`: the Hub leaves this key out
+FROM_CLOCK = "from the clock"  # for `ScriptedHub.date_header`: what `clock` says
+
+LEAST_SCOPES = ("delete:servers", "list:users", "read:servers", "read:users:activity", "read:users:name")
+ALL_SCOPES = (*LEAST_SCOPES, "admin:users", "delete:users", "read:users", "read:users:groups")
+SEEN_WITH = {  # the scopes that show a key of a user's model; without an entry, all do
+    "admin": {"read:users", "read:users:name"},
+    "groups": {"read:users", "read:users:groups"},
+    "server": {"read:users"},
+    "pending": {"read:users"},
+    "created": {"read:users"},
+    "last_activity": {"read:users", "read:users:activity"},
+    "servers": {"read:servers"},
+    "user_info": {"read:users", "read:users:name"},
+}
 
 Time = datetime | str | None
 Reply = Callable[["Exchange"], "Answer"]
@@ -110,20 +110,6 @@ class FakeUser:
         return any(server.active and server.ready for server in list(self.servers.values()))
 
 
-LEAST_SCOPES = ("delete:servers", "list:users", "read:servers", "read:users:activity", "read:users:name")
-ALL_SCOPES = (*LEAST_SCOPES, "admin:users", "delete:users", "read:users", "read:users:groups")
-SEEN_WITH = {
-    "admin": {"read:users", "read:users:name"},
-    "groups": {"read:users", "read:users:groups"},
-    "server": {"read:users"},
-    "pending": {"read:users"},
-    "created": {"read:users"},
-    "last_activity": {"read:users", "read:users:activity"},
-    "servers": {"read:servers"},
-    "user_info": {"read:users", "read:users:name"},
-}
-
-
 def hub_time(moment: Time) -> str | None:
     """A time as the Hub writes it; text stays as it is."""
     if not isinstance(moment, datetime):
@@ -139,7 +125,6 @@ def with_extra(model: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any
 
 def server_model(user: FakeUser, server: FakeServer, scopes: Iterable[str]) -> dict[str, Any]:
     owner, name = quote(user.name, safe="@~"), quote(server.name, safe="@~")
-    progress = f"servers/{name}" if name else "server"
     model = {
         "name": server.name,
         "display_name": server.name,
@@ -151,7 +136,7 @@ def server_model(user: FakeUser, server: FakeServer, scopes: Iterable[str]) -> d
         "stopped": not server.active,
         "url": f"/user/{owner}/{name}/" if name else f"/user/{owner}/",
         "user_options": server.user_options,
-        "progress_url": f"{PREFIX}/users/{owner}/{progress}/progress",
+        "progress_url": f"{PREFIX}/users/{owner}/{f'servers/{name}' if name else 'server'}/progress",
         "full_url": None,
         "full_progress_url": None,
     }
@@ -162,6 +147,7 @@ def server_model(user: FakeUser, server: FakeServer, scopes: Iterable[str]) -> d
 
 def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
     default = user.servers.get("")
+    servers = [server for server in list(user.servers.values()) if server.active]
     model = {
         "kind": "user",
         "name": user.name,
@@ -171,9 +157,7 @@ def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
         "pending": default.pending if default else None,
         "created": hub_time(user.created),
         "last_activity": hub_time(user.last_activity),
-        "servers": {
-            server.name: server_model(user, server, scopes) for server in list(user.servers.values()) if server.active
-        },
+        "servers": {server.name: server_model(user, server, scopes) for server in servers},
         "user_info": None,
     }
     granted = {scope.partition("!")[0] for scope in scopes}
@@ -186,17 +170,15 @@ def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Request:
+    """A request; `target` as it came, `segments` of the path below /hub/api decoded, headers in lower case."""
+
     method: str
     target: str
-    """As it came, still percent-encoded."""
     segments: tuple[str, ...]
-    """Of the path below /hub/api, decoded."""
     query: dict[str, str]
     headers: dict[str, str]
-    """With their names in lower case."""
     body: bytes
-    time: float
-    """time.monotonic() when it arrived."""
+    time: float  # time.monotonic() when it arrived
 
     @property
     def path(self) -> str:
@@ -215,13 +197,10 @@ class Answer:
     status: int = 200
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
-    raw: bytes | None = None
-    """Sent in place of a status line, headers and body."""
-    sent: int | None = None
-    """How many bytes of the body are really sent."""
+    raw: bytes | None = None  # sent in place of a status line, headers and body
+    sent: int | None = None  # how many bytes of the body are really sent
     seconds_per_byte: float = 0.0
-    end: str = "keep"
-    """The connection after it: keep, close or reset."""
+    end: str = "keep"  # the connection after it: keep, close or reset
 
 
 @dataclass(frozen=True)
@@ -257,8 +236,7 @@ def respond(status: int, body: bytes = b"", headers: Mapping[str, str] | None = 
 
 
 def respond_json(status: int, content: object, headers: Mapping[str, str] | None = None) -> Reply:
-    answer = as_json(status, content)
-    return lambda exchange: replace(answer, headers={**answer.headers, **(headers or {})})
+    return respond(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
 
 
 def of_hub(status: int, message: str | None = None) -> Reply:
@@ -285,32 +263,21 @@ def empty(status: int = 200) -> Reply:
 
 def edited(change: Callable[[Any], object], of: Reply = Exchange.normal) -> Reply:
     """The JSON answer as `change` returns it: anything may be put in or left out."""
+    return changed(lambda answer: replace(answer, body=json.dumps(change(json.loads(answer.body))).encode()), of)
 
-    def reply(exchange: Exchange) -> Answer:
-        answer = of(exchange)
-        return replace(answer, body=json.dumps(change(json.loads(answer.body))).encode())
 
-    return reply
+def changed(change: Callable[[Answer], Answer], of: Reply = Exchange.normal) -> Reply:
+    return lambda exchange: change(of(exchange))
 
 
 def swapped(old: bytes, new: bytes, of: Reply = Exchange.normal) -> Reply:
     """The answer with other bytes in it: what `json.dumps` cannot write, or only slowly."""
-
-    def reply(exchange: Exchange) -> Answer:
-        answer = of(exchange)
-        return replace(answer, body=answer.body.replace(old, new))
-
-    return reply
+    return changed(lambda answer: replace(answer, body=answer.body.replace(old, new)), of)
 
 
 def truncated(keep: float = 0.5, of: Reply = Exchange.normal) -> Reply:
     """A well-formed answer whose body stops in the middle."""
-
-    def reply(exchange: Exchange) -> Answer:
-        answer = of(exchange)
-        return replace(answer, body=answer.body[: int(len(answer.body) * keep)])
-
-    return reply
+    return changed(lambda answer: replace(answer, body=answer.body[: int(len(answer.body) * keep)]), of)
 
 
 def reset() -> Reply:
@@ -320,25 +287,15 @@ def reset() -> Reply:
 
 def reset_in_body(keep: float = 0.5, of: Reply = Exchange.normal) -> Reply:
     """Headers that promise the whole body, a part of it, a connection reset."""
-
-    def reply(exchange: Exchange) -> Answer:
-        answer = of(exchange)
-        return replace(answer, sent=int(len(answer.body) * keep), end="reset")
-
-    return reply
+    return changed(lambda answer: replace(answer, sent=int(len(answer.body) * keep), end="reset"), of)
 
 
 def hang(seconds: float | None = None) -> Reply:
     """Nothing is done or said for so long, or until the end; then the connection is closed."""
-
-    def reply(exchange: Exchange) -> Answer:
-        exchange.hub.sleep(seconds)
-        return Answer(raw=b"", end="close")
-
-    return reply
+    return slow(seconds, raw(b""))
 
 
-def slow(seconds: float, of: Reply = Exchange.normal) -> Reply:
+def slow(seconds: float | None, of: Reply = Exchange.normal) -> Reply:
     """The answer, that much later."""
 
     def reply(exchange: Exchange) -> Answer:
@@ -350,7 +307,7 @@ def slow(seconds: float, of: Reply = Exchange.normal) -> Reply:
 
 def drip(seconds: float = 0.1, of: Reply = Exchange.normal) -> Reply:
     """The headers at once, then the body with a pause before each byte."""
-    return lambda exchange: replace(of(exchange), seconds_per_byte=seconds)
+    return changed(lambda answer: replace(answer, seconds_per_byte=seconds), of)
 
 
 def then_do(hook: Callable[[], object], of: Reply = Exchange.normal) -> Reply:
@@ -366,22 +323,16 @@ def then_do(hook: Callable[[], object], of: Reply = Exchange.normal) -> Reply:
 def and_do(hook: Callable[[], object], of: Reply = Exchange.normal) -> Reply:
     """Make up the answer, call `hook`, send the answer, which by then is out of date."""
 
-    def reply(exchange: Exchange) -> Answer:
-        answer = of(exchange)
+    def change(answer: Answer) -> Answer:
         hook()
         return answer
 
-    return reply
+    return changed(change, of)
 
 
 def done_but_lost(of: Reply = Exchange.normal) -> Reply:
     """What was asked is done, but the connection is closed without a word."""
-
-    def reply(exchange: Exchange) -> Answer:
-        of(exchange)
-        return Answer(raw=b"", end="close")
-
-    return reply
+    return changed(lambda answer: Answer(raw=b"", end="close"), of)
 
 
 @dataclass
@@ -393,12 +344,8 @@ class Fault:
     used: int = 0
 
     def matches(self, request: Request) -> bool:
-        raw_target = request.target.removeprefix(PREFIX)
-        return (
-            self.left != 0
-            and self.method in ("*", request.method)
-            and any(self.pattern.fullmatch(text) for text in (raw_target, request.path))
-        )
+        texts = (request.target.removeprefix(PREFIX), request.path)
+        return self.left != 0 and self.method in ("*", request.method) and any(map(self.pattern.fullmatch, texts))
 
     def take(self) -> Reply:
         reply = self.replies[self.used % len(self.replies)]
@@ -424,33 +371,27 @@ class ScriptedHub:
         self.version = "6.1.1"
         self.scopes: list[str] = list(ALL_SCOPES)
         self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-        self.date_header: str | None = FROM_CLOCK
-        """The Date header: FROM_CLOCK, None for none, or this text."""
+        self.date_header: str | None = FROM_CLOCK  # the Date header: FROM_CLOCK, None for none, or this text
         self.page_limit = 50
         self.page_max = 200
-        self.slow_stop = 10.0
-        """Seconds for which a DELETE waits for the server to be down."""
+        self.slow_stop = 10.0  # seconds for which a DELETE waits for the server to be down
         self.users: dict[str, FakeUser] = {}
-        self.leads_to_servers = True
-        """Whether it is a proxy, too, as a public address is; else it is the Hub's own port."""
-        self.tokens: dict[str, dict[str, Any]] = {}
-        """The models of tokens that were made and not revoked, by their ids."""
+        self.leads_to_servers = True  # a proxy, as a public address is; else the Hub's own port
+        self.tokens: dict[str, dict[str, Any]] = {}  # the models of those that were made and not revoked, by their ids
         self.tokens_made = 0
         self.requests: list[Request] = []
         self.recording = True
         self.request_count = 0
         self.connection_count = 0
-        self.connections_open = 0
         self.in_flight = 0
-        self.in_flight_max = 0
-        """The most DELETEs that were being handled at the same time."""
+        self.in_flight_max = 0  # the most DELETEs that were being handled at the same time
         self.stopped_count = 0
         self.errors: list[BaseException] = []
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
         self._ending = threading.Event()
         self._listener: _Listener | None = None
-        self._old_threads: list[threading.Thread] = []
+        self._closed: list[_Listener] = []
 
     def __enter__(self) -> Self:
         self.resume()
@@ -459,8 +400,8 @@ class ScriptedHub:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._ending.set()
         self.pause_listening()
-        for thread in self._old_threads:
-            thread.join(10)
+        for listener in self._closed:
+            listener.wait()
         if self.errors and kind is None:
             raise self.errors[0]
 
@@ -477,14 +418,17 @@ class ScriptedHub:
     def now(self, moment: datetime) -> None:
         self.clock = lambda: moment
 
+    @property
+    def connections_open(self) -> int:
+        return len(self._listener.connections) if self._listener else 0
+
     def add_user(self, name: str, *, idle: float | None = 0.0, age: float | None = None, **fields: Any) -> FakeUser:
         """A user with no server, created `age` and last active `idle` (None: never) seconds ago."""
         now = self.now
         seen = None if idle is None else now - timedelta(seconds=idle)
         created = now - timedelta(seconds=(idle or 0.0) + 60 if age is None else age)
-        user = FakeUser(name, **{"created": created, "last_activity": seen, **fields})
-        self.users[name] = user
-        return user
+        self.users[name] = FakeUser(name, **{"created": created, "last_activity": seen, **fields})
+        return self.users[name]
 
     def add(
         self,
@@ -548,14 +492,16 @@ class ScriptedHub:
         with self._lock:
             listener, self._listener = self._listener, None
         if listener:
-            self._old_threads += listener.stop()
+            self._closed.append(listener)
+            listener.stop()
+            listener.wait(seconds=1.0)  # not longer: a reply may hang
 
     def resume(self) -> None:
         with self._lock:
             if self._listener is None:
                 self._listener = _Listener(self, self.port)
                 self.port = int(self._listener.server_address[1])
-                self._listener.start()
+                threading.Thread(target=self._listener.serve_forever, args=(0.005,), daemon=True).start()
 
     def sleep(self, seconds: float | None) -> None:
         """Wait for so long (None: for ever), or until the `with` is left."""
@@ -568,9 +514,8 @@ class ScriptedHub:
             self.request_count += 1
             if self.recording:
                 self.requests.append(request)
-            if request.method == "DELETE":
-                self.in_flight += 1
-                self.in_flight_max = max(self.in_flight_max, self.in_flight)
+            self.in_flight += request.method == "DELETE"
+            self.in_flight_max = max(self.in_flight_max, self.in_flight)
             fault = next((fault for fault in self._faults if fault.matches(request)), None)
             reply = fault.take() if fault else Exchange.normal
         try:
@@ -579,9 +524,8 @@ class ScriptedHub:
             self.errors.append(problem)
             return error(500, f"scripted_hub: {problem!r}")
         finally:
-            if request.method == "DELETE":
-                with self._lock:
-                    self.in_flight -= 1
+            with self._lock:
+                self.in_flight -= request.method == "DELETE"
 
     def normal(self, request: Request) -> Answer:
         if self.leads_to_servers and request.target.startswith("/user/"):
@@ -593,14 +537,16 @@ class ScriptedHub:
         self._settle()
         if request.method == "GET" and request.segments == ("",):
             return as_json(200, {"version": self.version})
-        if not self._token_is_good(request):
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() not in ("token", "bearer") or token.strip() != self.token:
             return error(403, "Missing or invalid credentials.")
         return self._api(request)
 
     def _api(self, request: Request) -> Answer:
         match request.method, *request.segments:
             case "GET", "user":
-                return self._whoami()
+                whoami = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2"}
+                return as_json(200, {**whoami, "session_id": None, "scopes": self.scopes})
             case "GET", "users":
                 return self._allowed("list:users") or self._list_users(request)
             case "GET", "users", name:
@@ -618,10 +564,6 @@ class ScriptedHub:
             case _:
                 return error(404, "Not Found")
 
-    def _token_is_good(self, request: Request) -> bool:
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
-        return kind.lower() in ("token", "bearer") and token.strip() == self.token
-
     def _allowed(self, *scopes: str) -> Answer | None:
         if set(scopes) & {scope.partition("!")[0] for scope in self.scopes}:
             return None
@@ -638,10 +580,6 @@ class ScriptedHub:
         filters = {f"user={name}", *(f"group={group}" for group in (user.groups if user else []))}
         covered = any(f"{scope}!{each}" in self.scopes for each in filters)
         return None if covered else error(404, NO_ACCESS)
-
-    def _whoami(self) -> Answer:
-        whoami = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2"}
-        return as_json(200, {**whoami, "session_id": None, "scopes": self.scopes})
 
     def _list_users(self, request: Request) -> Answer:
         paginated = PAGINATION in re.split(r"\s*,\s*", request.headers.get("accept", "").lower())
@@ -665,6 +603,26 @@ class ScriptedHub:
             page = {"offset": offset, "limit": limit, "total": total, "next": following}
             body = f'{{"items": {body}, "_pagination": {json.dumps(page)}}}'
         return Answer(200, body.encode(), {"Content-Type": "application/json"})
+
+    def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
+        """The users' models as JSON, and how many users the pages share.
+
+        As on the real Hub, the pages are of users with *active* servers: `ready` takes users off
+        a page that is cut already, so that a page may be short, or empty, and not be the last.
+        """
+        users = [user for user in list(self.users.values()) if self._in_state(user, state)]
+        shown = [user for user in users[offset : offset + limit] if state != "ready" or user.ready]
+        return [json.dumps(user_model(user, self.scopes)) for user in shown], len(users)
+
+    def _in_state(self, user: FakeUser, state: str | None) -> bool:
+        return not state or user.active == (state != "inactive")
+
+    def _find(self, name: str) -> FakeUser | None:
+        return self.users.get(name)
+
+    def _get_user(self, name: str) -> Answer:
+        user = self._find(name)
+        return as_json(200, user_model(user, self.scopes)) if user else error(404)
 
     def _make_token(self, name: str, asked: Mapping[str, Any]) -> Answer:
         if name not in self.users:
@@ -695,27 +653,6 @@ class ScriptedHub:
         }
         return Answer(200, json.dumps(models[what], default=hub_time).encode(), {"Content-Type": "application/json"})
 
-    def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
-        """The users' models as JSON, and how many users the pages share.
-
-        As on the real Hub, the pages are of users with *active* servers: `ready` takes users off
-        a page that is cut already, so that a page may be short, or empty, and not be the last.
-        """
-        users = [user for user in list(self.users.values()) if self._in_state(user, state)]
-        page = users[offset : offset + limit]
-        shown = [user for user in page if state != "ready" or user.ready]
-        return [json.dumps(user_model(user, self.scopes)) for user in shown], len(users)
-
-    def _in_state(self, user: FakeUser, state: str | None) -> bool:
-        return not state or user.active == (state != "inactive")
-
-    def _find(self, name: str) -> FakeUser | None:
-        return self.users.get(name)
-
-    def _get_user(self, name: str) -> Answer:
-        user = self._find(name)
-        return as_json(200, user_model(user, self.scopes)) if user else error(404)
-
     def _delete_user(self, name: str) -> Answer:
         user = self._find(name)
         if user is None:
@@ -724,8 +661,7 @@ class ScriptedHub:
         if default and default.ready and not default.pending:
             self._bring_down(user, default)
         if default and default.pending == "stop":
-            stopping = f"{name}'s server is in the process of stopping, please wait."
-            return error(400, stopping)
+            return error(400, f"{name}'s server is in the process of stopping, please wait.")
         self.users.pop(name, None)
         return Answer(204)
 
@@ -769,67 +705,51 @@ class ScriptedHub:
 
     def _settle(self) -> None:
         """Slow stops that are over by now are over."""
-        now = time.monotonic()
         for user in list(self.users.values()):
             for server in list(user.servers.values()):
-                if server.down_at is not None and server.down_at <= now:
+                if server.down_at is not None and server.down_at <= time.monotonic():
                     self._is_down(user, server)
 
 
 # The sockets
 
 
-def _do_not_trace() -> None:
-    """Spare this thread, which runs nothing of cull_idle.py, what coverage does at each line."""
-    sys.settrace(None)
-
-
-class _Listener(socketserver.TCPServer):
-    allow_reuse_address = True
+class _Listener(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, hub: ScriptedHub, port: int) -> None:
         self.hub = hub
-        self._connections: dict[threading.Thread, socket.socket] = {}
-        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self.connections: dict[socket.socket, threading.Thread] = {}
         super().__init__(("127.0.0.1", port), _Connection)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> list[threading.Thread]:
-        """Close the port and every connection; returns the threads that are about to end."""
+    def stop(self) -> None:
+        """Close the port and every connection."""
         self.shutdown()
         self.server_close()
-        connections = dict(self._connections)
-        for connection in connections.values():
+        for connection in list(self.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        return [self._thread, *connections]
 
-    def _accept(self) -> None:
-        _do_not_trace()
-        self.serve_forever(poll_interval=0.005)
+    def wait(self, seconds: float = 10.0) -> None:
+        """Wait for the threads of its connections."""
+        for thread in list(self.connections.values()):
+            if thread is not threading.current_thread():
+                thread.join(seconds)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        thread = threading.Thread(target=self._serve, args=(request, client_address), daemon=True)
-        self._connections[thread] = request
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self.connections[request] = thread
         self.hub.connection_count += 1
-        self.hub.connections_open = len(self._connections)
         thread.start()
 
-    def _serve(self, request: Any, client_address: Any) -> None:
-        _do_not_trace()
-        try:
-            self.finish_request(request, client_address)
-        except OSError:
-            pass
-        except Exception as problem:
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.connections.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        problem = sys.exception()
+        if problem and not isinstance(problem, OSError):  # which clients that go away cause
             self.hub.errors.append(problem)
-        finally:
-            self.shutdown_request(request)
-            self._connections.pop(threading.current_thread(), None)
-            self.hub.connections_open = len(self._connections)
 
 
 class _Connection(BaseHTTPRequestHandler):
@@ -858,210 +778,31 @@ class _Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _exchange  # noqa: N815
 
     def _send(self, answer: Answer) -> None:
-        body = answer.body[: answer.sent]
-        if answer.raw is not None:
-            self.wfile.write(answer.raw)
-        elif answer.seconds_per_byte:
-            self.wfile.write(self._head(answer))
+        hub, body = self.server.hub, answer.body[: answer.sent]
+        head = self._head(answer) if answer.raw is None else answer.raw
+        if answer.seconds_per_byte:
+            self.wfile.write(head)
             for index in range(len(body)):
-                self.server.hub.sleep(answer.seconds_per_byte)
+                hub.sleep(answer.seconds_per_byte)
                 self.wfile.write(body[index : index + 1])
         else:
-            self.wfile.write(self._head(answer) + body)
-        if answer.end != "keep":
-            self.close_connection = True
-        if answer.end == "reset":
-            self._reset(after=0.05 if body else 0.0)
+            self.wfile.write(head + (body if answer.raw is None else b""))
+        self.close_connection = self.close_connection or answer.end != "keep"
+        if answer.end == "reset":  # RST in place of FIN, once what was sent had time to arrive
+            hub.sleep(0.05 if body else 0.0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()
+            self.connection.close()
 
     def _head(self, answer: Answer) -> bytes:
         hub = self.server.hub
         headers = {"Server": "TornadoServer/6.5", "X-Jupyterhub-Version": hub.version}
-        if hub.date_header == FROM_CLOCK:
-            headers["Date"] = format_datetime(hub.now.astimezone(UTC), usegmt=True)
-        elif hub.date_header is not None:
-            headers["Date"] = hub.date_header
+        if hub.date_header is not None:
+            now = format_datetime(hub.now.astimezone(UTC), usegmt=True)
+            headers["Date"] = now if hub.date_header == FROM_CLOCK else hub.date_header
         if answer.status != 204:
             headers["Content-Length"] = str(len(answer.body))
         headers.update(answer.headers)
-        known = answer.status in HTTPStatus._value2member_map_
-        reason = HTTPStatus(answer.status).phrase if known else "Unknown"
-        lines = [f"HTTP/1.1 {answer.status} {reason}", *(f"{k}: {v}" for k, v in headers.items())]
+        reason = dict(self.responses).get(answer.status, ("Unknown",))[0]
+        lines = [f"HTTP/1.1 {answer.status} {reason}", *(f"{name}: {value}" for name, value in headers.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-    def _reset(self, after: float) -> None:
-        """Close with RST in place of FIN, once what was sent had time to arrive."""
-        self.server.hub.sleep(after)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()
-        self.connection.close()
-
-
-# Many servers, in a process of its own
-
-
-class BulkHub(ScriptedHub):
-    """A Hub of `count` users with a server each: `due` are idle for a day, the others for `idle`.
-
-    Idle times are up to two minutes more. Nothing is kept of a user who is not asked for by name:
-    pages are written from a template. When the list was read to its end for the first time,
-    `coming_back` of the due users become active again.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        due: int = 0,
-        idle: float = 0.0,
-        stop_seconds: float = 0.0,
-        coming_back: int = 0,
-        groups: Sequence[str] = (),
-        user_options: Mapping[str, object] | None = None,
-        token: str = "scripted-token",
-        port: int = 0,
-    ) -> None:
-        super().__init__(token, port)
-        self.scopes = [*LEAST_SCOPES, "admin:users", "delete:users", *(["read:users:groups"] if groups else [])]
-        self.groups = groups
-        self.user_options = user_options or ({"profile": "small"} if groups else {})
-        self.recording = False
-        self.count = count
-        self.idle = idle
-        self.stop_seconds = stop_seconds
-        due_indexes = [i * count // due for i in range(due)]
-        self.due = frozenset(due_indexes)
-        self.coming_back = {self._name(due_indexes[i * due // coming_back]) for i in range(coming_back)}
-        self.are_back = False
-        self._deleted: set[int] = set()
-        self._yesterday = self._minute(86400.0)
-        self._template = self._make_template()
-
-    def summary(self) -> dict[str, int]:
-        down = {user.name for user in list(self.users.values()) if not user.active}
-        down |= {self._name(index) for index in self._deleted}
-        return {
-            "requests": self.request_count,
-            "deleted": len(down),
-            "deleted_come_back": len(down & self.coming_back),
-            "max_concurrent_deletes": self.in_flight_max,
-        }
-
-    @staticmethod
-    def _name(index: int) -> str:
-        return f"user-{index:07d}"
-
-    def _minute(self, idle: float) -> str:
-        """The beginning of a time at least so many seconds ago."""
-        return (self.now - timedelta(seconds=idle + 60)).strftime("%Y-%m-%dT%H:%M:")
-
-    def _times(self, index: int, minute: str) -> tuple[str, str]:
-        """When a server was last active, in `minute` unless it is due, and when it started."""
-        rest = f"{index * 7 % 60:02d}.{index * 7919 % 999983 + 1:06d}Z"
-        return (self._yesterday if index in self.due else minute) + rest, self._yesterday + rest
-
-    def _make_template(self) -> str:
-        options = dict(self.user_options)
-        server = FakeServer("", last_activity="SEEN", started="STARTED", user_options=options)
-        user = FakeUser("NAME", last_activity="SEEN", servers={"": server}, groups=list(self.groups))
-        text = json.dumps(user_model(user, self.scopes)).replace("%", "%%")
-        for word in ("NAME", "SEEN", "STARTED"):
-            text = text.replace(word, f"%({word})s")
-        return text
-
-    def _page(self, state: str | None, offset: int, limit: int) -> tuple[list[str], int]:
-        kept = {int(name[5:]): user for name, user in list(self.users.items())}
-        unlisted = {index for index, user in kept.items() if not self._in_state(user, state)}
-        hidden = sorted(unlisted | self._deleted)
-        total = self.count - len(hidden)
-        index = offset + bisect_right(range(len(hidden)), offset, key=lambda i: hidden[i] - i)
-        models: list[str] = []
-        minute, skipped = self._minute(self.idle), set(hidden)
-        for _ in range(min(limit, total - offset)):
-            while index in skipped:
-                index += 1
-            if index in kept:
-                models.append(json.dumps(user_model(kept[index], self.scopes)))
-            else:
-                seen, started = self._times(index, minute)
-                fields = {"NAME": self._name(index), "SEEN": seen, "STARTED": started}
-                models.append(self._template % fields)
-            index += 1
-        if offset + limit >= total:
-            self._come_back()
-        return models, total
-
-    def _come_back(self) -> None:
-        with self._lock:
-            names = set() if self.are_back else self.coming_back
-            self.are_back = True
-        for name in names:
-            if self._find(name):
-                self.touch(name)
-
-    def _find(self, name: str) -> FakeUser | None:
-        known = re.fullmatch(r"user-(\d{7})", name)
-        index = int(known[1]) if known else self.count
-        if index >= self.count or index in self._deleted:
-            return None
-        with self._lock:
-            if name not in self.users:
-                seen, started = self._times(index, self._minute(self.idle))
-                server = FakeServer("", seen, started, stop_seconds=self.stop_seconds)
-                self.users[name] = FakeUser(name, last_activity=seen, servers={"": server})
-            return self.users[name]
-
-    def _delete_user(self, name: str) -> Answer:
-        answer = super()._delete_user(name)
-        if answer.status == 204:
-            self._deleted.add(int(name[5:]))
-        return answer
-
-    def _settle(self) -> None:
-        if self.stop_seconds > self.slow_stop:
-            super()._settle()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="A Hub with many servers. Prints its URL and serves until SIGTERM or SIGINT; "
-        "then prints, as JSON, what was asked of it."
-    )
-
-    def option(name: str, default: float, help: str, **more: Any) -> None:
-        kind = type(default)
-        parser.add_argument(name, type=kind, default=default, help=f"{help} (%(default)s)", **more)
-
-    option("--servers", 200, "each of a user of its own")
-    option("--due", 0, "of them, idle for a day", metavar="N")
-    option("--idle", 0.0, "seconds for which the others are idle", metavar="SECONDS")
-    option("--stop-seconds", 0.0, "what a DELETE takes", metavar="SECONDS")
-    option("--coming-back", 0, "due users who are active once all is read", metavar="K")
-    option("--page-max", 200, "the most users on a page")
-    option("--port", 0, "0 for a free one")
-    parser.add_argument("--groups", default="", help="which every user is in; servers then have a profile, too")
-    parser.add_argument("--token", default="scripted-token", help="(%(default)s)")
-    options = parser.parse_args(arguments)
-    due = options.due or (options.servers if options.coming_back else 0)
-    if not options.coming_back <= due <= options.servers <= 10**7:
-        parser.error("--coming-back <= --due <= --servers <= 10000000 does not hold")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    hub = BulkHub(
-        options.servers,
-        due=due,
-        idle=options.idle,
-        stop_seconds=options.stop_seconds,
-        coming_back=options.coming_back,
-        groups=options.groups.split(",") if options.groups else (),
-        token=options.token,
-        port=options.port,
-    )
-    hub.page_max = options.page_max
-    with hub:
-        print(hub.url, flush=True)
-        signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    print(json.dumps(hub.summary()), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
