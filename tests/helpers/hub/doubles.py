@@ -220,9 +220,10 @@ class BackdoorHandler(APIHandler):
         """Users by their names, found with one query. Who is not in the database yet is added, in this order."""
         names = list(names)
         users = {user.name: user for user in self.db.query(orm.User).filter(orm.User.name.in_(names))}
+        roles = [orm.Role.find(self.db, "user")]  # which the Hub gives to all
         for name in names:
             if name not in users:
-                users[name] = orm.User(name=name)
+                users[name] = orm.User(name=name, roles=roles)
                 self.db.add(users[name])
         return users
 
@@ -271,7 +272,7 @@ class BackdoorHandler(APIHandler):
         users = self.orm_users(name for name, _, _ in servers)
         for name, server, options in servers:
             user = users[name]
-            spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, user=user)
+            spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, display_name=server, user=user)
             self.db.add(spawner)
             spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
             spawner.user_options = options or spawner.user_options or {}
@@ -297,7 +298,7 @@ class BackdoorHandler(APIHandler):
             user = orm_users[name]
             put_into_past(user, {"last_activity": idle_seconds})
             if servers and "" not in servers:  # or the Hub would add it, one user at a time
-                self.db.add(orm.Spawner(name="", user=user))
+                self.db.add(orm.Spawner(name="", display_name="", user=user))
         self.post_run(
             [
                 (name, server, dict(options, user_idle_seconds=idle_seconds))
