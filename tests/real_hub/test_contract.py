@@ -71,6 +71,7 @@ ROWS = [
     Row("a token says whose it is and what it may do", "", "GET /user", CULLER),
     Row("users are listed by their state", f"late:starting, {SCHOOL}", STATES),
     Row("users are listed in pages", f"late:starting, {SCHOOL}", f"{PAGES}; {ODD_PAGES}"),
+    Row("a page has 50 users, and a plain list more", ", ".join(f"user{n}" for n in range(51)), "GET /users"),
     Row("each user has a model", SCHOOL, MODELS),
     Row("a culler without --cull-users sees less", SCHOOL, MODELS, CULLER),
     Row(
