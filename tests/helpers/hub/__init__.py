@@ -93,7 +93,7 @@ class RealHub:
         self.public_url = f"http://127.0.0.1:{public_port}{base_url}".rstrip("/")  # if extra_config has a proxy there
         self._python = python
         # Without coverage, which would follow it into the programs that it starts.
-        self._environment = {
+        self.environment = {
             **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key and "COV" not in key},
             "REAL_HUB_PORT": str(port),
             "REAL_HUB_PUBLIC_PORT": str(public_port),
@@ -114,7 +114,7 @@ class RealHub:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             directory = tempfile.TemporaryDirectory(prefix="real-hub-", ignore_cleanup_errors=True)
-            self._directory = Path(stack.enter_context(directory))
+            self.directory = Path(stack.enter_context(directory))
             self._pool = stack.enter_context(ThreadPoolExecutor(10))
             stack.callback(self.stop)
             self.start()
@@ -139,9 +139,9 @@ class RealHub:
             own = self.certificates / "hub-internal/hub-internal"
             session.cert = (f"{own}.crt", f"{own}.key")
         self._session = session
-        argv, log = ["jupyterhub", "-f", str(CONFIG)], self._directory / "log"
-        self._process = ForkedProcess(self._python, "jupyterhub.app", argv, self._directory, log, self._environment)
-        self._wait_until(self._answers, "answers", pause=0.1)
+        argv, log = ["jupyterhub", "-f", str(CONFIG)], self.directory / "log"
+        self._process = ForkedProcess(self._python, "jupyterhub.app", argv, self.directory, log, self.environment)
+        self.wait_until(self._answers, "answers", pause=0.1)
 
     def stop(self) -> None:
         """Stop the Hub's process; its servers stay, as far as it is concerned."""
@@ -162,7 +162,7 @@ class RealHub:
 
     def log(self) -> str:
         """All that the Hub has logged since the first start."""
-        return (self._directory / "log").read_text("utf-8", "replace")
+        return (self.directory / "log").read_text("utf-8", "replace")
 
     def cpu_seconds(self) -> float:
         """What the Hub's process has used of the processor."""
@@ -171,19 +171,14 @@ class RealHub:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
-    def directory(self) -> Path:
-        """Where the Hub runs."""
-        return self._directory
-
-    @property
     def certificates(self) -> Path:
         """Where a Hub with internal_ssl keeps all of its certificates and keys."""
-        return self._directory / "internal-ssl"
+        return self.directory / "internal-ssl"
 
     @functools.cached_property
     def _finds_doubles(self) -> bool:
         """Whether it can find doubles in its database. Real servers, and those with certificates, it must start."""
-        extra_config = self._environment["REAL_HUB_EXTRA_CONFIG"]
+        extra_config = self.environment["REAL_HUB_EXTRA_CONFIG"]
         return self.version >= (6,) and not self._internal_ssl and "spawner_class" not in extra_config
 
     @functools.cached_property
@@ -199,9 +194,7 @@ class RealHub:
             return self._session.get(f"{self.url}/users", timeout=30).ok
         return False
 
-    def _wait_until(
-        self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.02
-    ) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.02) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             self._check_that_it_runs()
@@ -210,7 +203,7 @@ class RealHub:
             time.sleep(pause)
 
     def _check_that_it_runs(self) -> None:
-        if self._process is None or not self._process.runs():
+        if self._process and not self._process.runs():
             raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
 
     # Its API, as the admin service
@@ -264,6 +257,10 @@ class RealHub:
         found: list[str] = self._backdoor("named_servers", name=name)
         return found
 
+    def most_stopping(self) -> int:
+        """How many servers were stopping at the same time, at most, since the Hub was empty."""
+        return int(self._backdoor("about")["most_stopping"])
+
     def token_with(self, *scopes: str) -> str:
         """A new token with just these scopes; needs a Hub since 2.0."""
         token: str = self._backdoor("token", scopes=scopes)
@@ -300,6 +297,7 @@ class RealHub:
         - user_idle_seconds, user_age_seconds: its user was last active, was created
         - start_seconds, stop_seconds: it takes that long to start, to stop
         - stop_fails: stopping it raises an exception in the Hub
+        - then_active: all servers of this user become active when it is about to stop
 
         Without any, the Hub takes those of the last time.
         """
@@ -325,9 +323,9 @@ class RealHub:
         list(self._pool.map(start, servers))
         if wait:
             wanted = {full_name(name, server) for name, server, _ in servers}
-            self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
+            self.wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
             if self.version < (0, 8):  # ready comes before the last step, see DoubleSpawner.add_poll_callback
-                self._wait_until(lambda: bool(self._backdoor("about")["settled"]), "they are as old as they should be")
+                self.wait_until(lambda: bool(self._backdoor("about")["settled"]), "they are as old as they should be")
 
     def inherit(self, users: Iterable[tuple[str, float, Mapping[str, Mapping[str, object]]]]) -> list[str]:
         """What an older Hub has left, of names that a new one may refuse; needs a Hub since 6.0.
@@ -349,7 +347,7 @@ class RealHub:
 
     def clear(self) -> None:
         """Delete every user, server and group, whatever is pending; returns when they are gone."""
-        self._wait_until(self._cleared, "everything is deleted")
+        self.wait_until(self._cleared, "everything is deleted")
         if self.version < (0, 7):  # no groups
             return
         for group in self.models("groups"):

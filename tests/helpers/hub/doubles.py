@@ -42,6 +42,18 @@ def put_into_past(row, ages):
             setattr(row, column, now - datetime.timedelta(seconds=seconds))
 
 
+def touch(user, spawner, last_activity=0):
+    """A server was active, and so was its user: but that never makes the user idle. Hubs before 0.9 know users only."""
+    seen = {"last_activity": last_activity}
+    if jupyterhub.version_info < (0, 9):
+        put_into_past(user, seen)
+    else:
+        put_into_past(spawner.orm_spawner, seen)
+        if user.last_activity is None or user.last_activity < spawner.orm_spawner.last_activity:
+            put_into_past(user, seen)
+    object_session(user).commit()
+
+
 def in_background(work):
     thread = threading.Thread(target=work)
     thread.daemon = True
@@ -111,6 +123,7 @@ class DoubleSpawner(Spawner):
     port = int(os.environ["REAL_HUB_SERVER_PORT"])
     double = Server(port)
     alive = WeakSet()
+    stopping = most_stopping = 0  # of all of them at the same time
     running = False
     fresh = False
 
@@ -163,7 +176,14 @@ class DoubleSpawner(Spawner):
         return None if self.running else 0
 
     async def stop(self, now=False):
+        kind = DoubleSpawner
+        kind.stopping += 1
+        kind.most_stopping = max(kind.stopping, kind.most_stopping)
+        for spawner in [] if self.hurried.is_set() else list(self.alive):
+            if spawner.user.name == self.user_options.get("then_active"):
+                touch(spawner.user.orm_user, spawner)
         await self.wait(self.user_options.get("stop_seconds", 0))
+        kind.stopping -= 1
         if self.user_options.get("stop_fails") and not self.hurried.is_set():
             raise RuntimeError("this server does not stop")
         self.running = False
@@ -234,14 +254,8 @@ class BackdoorHandler(APIHandler):
 
     def post_server(self, name, server, last_activity):
         """Activity of a server counts as its user's too, but never makes the user idle."""
-        user = self.find_user(name).orm_user
-        if jupyterhub.version_info < (0, 9):
-            put_into_past(user, {"last_activity": last_activity})
-            return
-        spawner = user.orm_spawners[server]
-        put_into_past(spawner, {"last_activity": last_activity})
-        if user.last_activity is None or user.last_activity < spawner.last_activity:
-            put_into_past(user, {"last_activity": last_activity})
+        user = self.find_user(name)
+        touch(user.orm_user, user.spawners[server] if jupyterhub.version_info >= (0, 9) else None, last_activity)
 
     def post_token(self, scopes):
         """A token of the admin service with just these scopes; Hub 2 and later."""
@@ -260,9 +274,10 @@ class BackdoorHandler(APIHandler):
         return sorted(filter(None, self.find_user(name).orm_user.orm_spawners))
 
     def post_about(self):
-        """The Hub's version, and whether all servers that are ready are as old as they should be."""
+        """The Hub's version, whether all ready servers are as old as they should be, how many were stopping at most."""
         settled = not any(spawner.fresh for spawner in DoubleSpawner.alive)
-        return {"version": jupyterhub.version_info[:3], "settled": settled}
+        most = DoubleSpawner.most_stopping
+        return {"version": jupyterhub.version_info[:3], "settled": settled, "most_stopping": most}
 
     def post_run(self, servers):
         """Servers that run, as the Hub finds them when it starts anew; Hub 6 and later. Makes many at once.
@@ -310,6 +325,7 @@ class BackdoorHandler(APIHandler):
 
     def post_hurry(self):
         """Whatever waits in start or stop, or would, is done at once, and stops do not fail."""
+        DoubleSpawner.most_stopping = 0
         for spawner in DoubleSpawner.alive:
             spawner.hurried.set()
 
