@@ -297,7 +297,7 @@ class RealHub:
         - user_idle_seconds, user_age_seconds: its user was last active, was created
         - start_seconds, stop_seconds: it takes that long to start, to stop
         - stop_fails: stopping it raises an exception in the Hub
-        - then_active: all servers of this user become active when it is about to stop
+        - then_active: the default server of this user becomes active when it is about to stop
 
         Without any, the Hub takes those of the last time.
         """

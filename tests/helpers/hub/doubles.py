@@ -42,14 +42,15 @@ def put_into_past(row, ages):
             setattr(row, column, now - datetime.timedelta(seconds=seconds))
 
 
-def touch(user, spawner, last_activity=0):
+def touch(user, server="", last_activity=0):
     """A server was active, and so was its user: but that never makes the user idle. Hubs before 0.9 know users only."""
     seen = {"last_activity": last_activity}
     if jupyterhub.version_info < (0, 9):
         put_into_past(user, seen)
     else:
-        put_into_past(spawner.orm_spawner, seen)
-        if user.last_activity is None or user.last_activity < spawner.orm_spawner.last_activity:
+        spawner = user.orm_spawners[server]
+        put_into_past(spawner, seen)
+        if user.last_activity is None or user.last_activity < spawner.last_activity:
             put_into_past(user, seen)
     object_session(user).commit()
 
@@ -179,9 +180,8 @@ class DoubleSpawner(Spawner):
         kind = DoubleSpawner
         kind.stopping += 1
         kind.most_stopping = max(kind.stopping, kind.most_stopping)
-        for spawner in [] if self.hurried.is_set() else list(self.alive):
-            if spawner.user.name == self.user_options.get("then_active"):
-                touch(spawner.user.orm_user, spawner)
+        if "then_active" in self.user_options and not self.hurried.is_set():
+            touch(orm.User.find(object_session(self.user.orm_user), self.user_options["then_active"]))
         await self.wait(self.user_options.get("stop_seconds", 0))
         kind.stopping -= 1
         if self.user_options.get("stop_fails") and not self.hurried.is_set():
@@ -254,8 +254,7 @@ class BackdoorHandler(APIHandler):
 
     def post_server(self, name, server, last_activity):
         """Activity of a server counts as its user's too, but never makes the user idle."""
-        user = self.find_user(name)
-        touch(user.orm_user, user.spawners[server] if jupyterhub.version_info >= (0, 9) else None, last_activity)
+        touch(self.find_user(name).orm_user, server, last_activity)
 
     def post_token(self, scopes):
         """A token of the admin service with just these scopes; Hub 2 and later."""
