@@ -347,9 +347,8 @@ def test_https_is_given_up_soon_and_http_is_suggested(
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send_at_once)
     result = cull_real("--url", hub.url.replace("http:", "https:"), "--request-timeout=1h")
-    assert (
-        [(to_connect <= 10, for_answer) for to_connect, for_answer in timeouts] == [(True, HOUR)] * len(timeouts) != []
-    )
+    assert timeouts
+    assert all(to_connect <= 10 and for_answer == HOUR for to_connect, for_answer in timeouts)
     assert (result.exit_code, len(result.lines)) == (3, 1)
     assert f"--url {hub.url}" in result.lines[0]
 

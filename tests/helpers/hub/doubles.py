@@ -4,6 +4,7 @@
 Runs inside Hubs 0.6 to 6, so on Python 3.6 and tornado 4 too.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -97,11 +98,7 @@ class Server(ThreadingMixIn, HTTPServer):
             self.end_headers()
             self.wfile.write(b"{}")
 
-        def do_POST(self):
-            self.do_GET()
-
-        def do_DELETE(self):
-            self.do_GET()
+        do_POST = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *args):
             pass
@@ -148,10 +145,8 @@ class DoubleSpawner(Spawner):
         object_session(self.user.orm_user).commit()
 
     async def wait(self, seconds):
-        try:
+        with contextlib.suppress(gen.TimeoutError):
             await self.hurried.wait(datetime.timedelta(seconds=seconds))
-        except gen.TimeoutError:
-            pass
 
     async def start(self):
         self.hurried.clear()
@@ -184,8 +179,6 @@ class DoubleSpawner(Spawner):
             touch(orm.User.find(object_session(self.user.orm_user), self.user_options["then_active"]))
         await self.wait(self.user_options.get("stop_seconds", 0))
         kind.stopping -= 1
-        if self.user_options.get("stop_fails") and not self.hurried.is_set():
-            raise RuntimeError("this server does not stop")
         self.running = False
 
     def get_state(self):
@@ -300,30 +293,25 @@ class BackdoorHandler(APIHandler):
             spawner.put_into_past()
 
     def post_inherit(self, users):
-        """What an older Hub has left, which took names that this one refuses; Hub 6 and later.
+        """What an older Hub has left, which took names that this one refuses; Hub 6 and later. Makes many at once.
 
         Users are (name, seconds since their last activity, user_options of their running servers by name). A user who
-        is known already is only put into the past. Returns which names of users the Hub refuses. Makes many at once.
+        is known already is only put into the past. Returns which names of users the Hub refuses.
         """
         refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
         users = [user for user in users if user[0] not in refused]
         orm_users = self.orm_users(name for name, _, _ in users)
-        for name, idle_seconds, servers in users:
-            user = orm_users[name]
-            put_into_past(user, {"last_activity": idle_seconds})
-            if servers and "" not in servers:  # or the Hub would add it, one user at a time
-                self.db.add(orm.Spawner(name="", display_name="", user=user))
-        self.post_run(
-            [
-                (name, server, dict(options, user_idle_seconds=idle_seconds))
-                for name, idle_seconds, servers in users
-                for server, options in servers.items()
-            ]
-        )
+        servers = []
+        for name, idle_seconds, options in users:
+            put_into_past(orm_users[name], {"last_activity": idle_seconds})
+            if options and "" not in options:  # or the Hub would add it, one user at a time
+                self.db.add(orm.Spawner(name="", display_name="", user=orm_users[name]))
+            servers += [(name, server, dict(each, user_idle_seconds=idle_seconds)) for server, each in options.items()]
+        self.post_run(servers)
         return refused
 
     def post_hurry(self):
-        """Whatever waits in start or stop, or would, is done at once, and stops do not fail."""
+        """Whatever waits in start or stop, or would, is done at once."""
         DoubleSpawner.most_stopping = 0
         for spawner in DoubleSpawner.alive:
             spawner.hurried.set()
