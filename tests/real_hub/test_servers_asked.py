@@ -81,6 +81,11 @@ def ask(cull: Cull, people: RealHub) -> Ask:
     return run
 
 
+def activity(people: RealHub) -> dict[str, str]:
+    """When users were active by the Hub's word, but for those who are all the time."""
+    return {u["name"]: u["last_activity"] for u in people.models("users") if u["name"] not in ("back", "honest")}
+
+
 @pytest.mark.parametrize(
     ("idle_by", "due", "asked", "busy"),
     [
@@ -91,8 +96,10 @@ def ask(cull: Cull, people: RealHub) -> Ask:
         ("kernels", {"busy/lab", "calm", "back"}, 6, 2),
     ],
 )
-def test_who_is_due(ask: Ask, idle_by: str, due: set[str], asked: int, busy: int) -> None:
+def test_who_is_due(ask: Ask, people: RealHub, idle_by: str, due: set[str], asked: int, busy: int) -> None:
+    before = activity(people)
     result = ask("--dry-run", "--json", "--idle-by", idle_by)
+    assert activity(people) == before  # being asked is no activity of the user
     assert (result.exit_code, {*result.becomes}) == (0, due), result.text
     assert result.figures == {"asked": asked, "busy": busy, "no_answer": 0}, result.text
 
