@@ -5,16 +5,13 @@ The one intended difference: a user whose server is stopped is deleted by a late
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
 
 import pytest
 from hub import RealHub, full_name
@@ -63,35 +60,39 @@ Z2JH = "--url=http://localhost:8081/hub/api --timeout=3600 --cull-every=600 --co
 # As The Littlest JupyterHub's configurer.py does, from services.cull. The Hub's $JUPYTERHUB_API_URL says where it is.
 TLJH = "--timeout=3600 --cull-every=600 --concurrency=10"
 
-COMMAND_LINES = [
+
+class Row(NamedTuple):
+    """A command line, and the users and servers that only cull_idle.py keeps."""
+
+    command_line: str
+    users: Set[str] = frozenset()
+    servers: Set[str] = frozenset()
+
+
+ROWS = [
     # of issue 4
-    f"{Z2JH} --cull-users --cull-admin-users=false --remove-named-servers --max-age=0",
-    Z2JH,
-    f"{Z2JH} --cull-users --cull-admin-users=false",
-    f"{Z2JH} --cull-admin-users=false --remove-named-servers",
-    f"{Z2JH} --cull-users --remove-named-servers --max-age=86400",
-    f"{TLJH} --max-age=0 --cull-users",
-    f"{TLJH} --max-age=86400 --remove-named-servers",
+    Row(f"{Z2JH} --cull-users --cull-admin-users=false --remove-named-servers --max-age=0"),
+    Row(Z2JH),
+    Row(f"{Z2JH} --cull-users --cull-admin-users=false"),
+    Row(f"{Z2JH} --cull-admin-users=false --remove-named-servers"),
+    Row(f"{Z2JH} --cull-users --remove-named-servers --max-age=86400"),
+    Row(f"{TLJH} --max-age=0 --cull-users"),
+    Row(f"{TLJH} --max-age=86400 --remove-named-servers"),
     # of cull_idle_servers.py
-    "--timeout=600 --cull_every=300 --cull_users=true",
-    "--timeout=3600 --cull_every=300 --remove_named_servers --cull_admin_users=false",
+    Row("--timeout=600 --cull_every=300 --cull_users=true"),
+    Row("--timeout=3600 --cull_every=300 --remove_named_servers --cull_admin_users=false"),
     # with the names of its settings
-    "--IdleCuller.timeout=600",
-    "--IdleCuller.timeout=600 --IdleCuller.cull_users=True --IdleCuller.cull_named_servers=False",
+    Row("--IdleCuller.timeout=600"),
+    Row("--IdleCuller.timeout=600 --IdleCuller.cull_users=True --IdleCuller.cull_named_servers=False"),
     # of others
-    "--timeout=600 --cull-named-servers=false --cull-users",
-    "--timeout=600 --cull-default-servers=false --cull-users --remove-named-servers",
-    "--timeout=10000000 --max-age=10000 --api-page-size=2",
-    "--timeout=0 --cull-every=600 --cull-users --api-page-size=3",
-]
-
-
-# The exceptions, with the users and servers that only cull_idle.py keeps. With --max-age, the reference also culls what
-# other options exempt: admins, and named or default servers.
-WHERE_THE_REFERENCE_IS_WRONG: list[tuple[str, set[str], set[str]]] = [
-    (f"{Z2JH} --cull-users --cull-admin-users=false --max-age=86400", {"admin-old", "boss"}, set()),
-    (f"{TLJH} --max-age=86400 --cull-named-servers=false", set(), {"eve/gpu is ready"}),
-    (f"{TLJH} --max-age=86400 --cull-default-servers=false", set(), {"boss is ready", "dan is ready"}),
+    Row("--timeout=600 --cull-named-servers=false --cull-users"),
+    Row("--timeout=600 --cull-default-servers=false --cull-users --remove-named-servers"),
+    Row("--timeout=10000000 --max-age=10000 --api-page-size=2"),
+    Row("--timeout=0 --cull-every=600 --cull-users --api-page-size=3"),
+    # With --max-age, the reference also culls what other options exempt: admins, and named or default servers.
+    Row(f"{Z2JH} --cull-users --cull-admin-users=false --max-age=86400", users={"admin-old", "boss"}),
+    Row(f"{TLJH} --max-age=86400 --cull-named-servers=false", servers={"eve/gpu is ready"}),
+    Row(f"{TLJH} --max-age=86400 --cull-default-servers=false", servers={"boss is ready", "dan is ready"}),
 ]
 
 
@@ -138,69 +139,8 @@ def both() -> Iterator[Hubs]:
         yield Hubs(*pool.map(lambda _: stack.enter_context(RealHub()), range(2)))
 
 
-@pytest.fixture
-def hubs(both: Hubs) -> Hubs:
-    """The same users and servers on two Hubs."""
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(bring_back, both))
-    assert left(both.reference) == left(both.ours)
-    return both
-
-
-class Passes(NamedTuple):
-    """What passes have left behind."""
-
-    theirs: Left
-    first: Left  # of ours
-    ours: Left  # by another pass, once all whom the reference has deleted are idle for long enough again
-
-
-class CullBoth(Protocol):
-    """Culls one Hub with the reference, the other one with cull_idle.py."""
-
-    def __call__(self, command_line: str) -> Passes: ...
-
-
-@pytest.fixture
-def cull_both(hubs: Hubs, cull: Cull, tmp_path: Path) -> CullBoth:
-    def run(command_line: str) -> Passes:
-        words = command_line.split()
-        unwanted = ("JUPYTERHUB_", "COV")  # nor is the reference to be measured
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        with subprocess.Popen(
-            [sys.executable, "-c", REFERENCE_ONCE, *for_hub(hubs.reference, map(as_2_0_0_takes_it, words))],
-            env={**environment, **managed(hubs.reference), "JUPYTERHUB_API_TOKEN": hubs.reference.user_culler_token},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as reference:
-            first = cull_ours(words)
-            out, err = reference.communicate(timeout=60)
-        assert reference.returncode == 0, err
-        assert re.fullmatch(r"[\d.]+\n", out), err  # how long its pass took
-        assert not re.search("Traceback|no effect", err), err
-        theirs = left(hubs.reference)
-        hubs.ours.make_idle(*first.users - theirs.users)
-        return Passes(theirs, first, cull_ours(words))
-
-    def cull_ours(words: list[str]) -> Left:
-        args = for_hub(hubs.ours, words)
-        result = cull("--once", *args, token=hubs.ours.user_culler_token, env=managed(hubs.ours))
-        assert result.exit_code == 0, result.err
-        return left(hubs.ours)
-
-    return run
-
-
-def managed(hub: RealHub) -> Mapping[str, str]:
-    """What the Hub tells a service that it manages."""
-    return {"JUPYTERHUB_API_URL": hub.url}
-
-
-def for_hub(hub: RealHub, words: Iterable[str]) -> list[str]:
-    port = urlsplit(hub.url).port
-    return [word.replace("//localhost:8081/", f"//localhost:{port}/") for word in words]
+def arguments(hub: RealHub, words: Iterable[str]) -> list[str]:
+    return [word.replace("//localhost:8081/hub/api", hub.url.partition(":")[2]) for word in words]
 
 
 def as_2_0_0_takes_it(word: str) -> str:
@@ -209,23 +149,45 @@ def as_2_0_0_takes_it(word: str) -> str:
     return f"{name if '.' in name else name.replace('_', '-')}={value if equals else 'true'}"
 
 
-@pytest.mark.parametrize("command_line", COMMAND_LINES)
-def test_a_command_line_leaves_the_same_servers_and_users(hubs: Hubs, cull_both: CullBoth, command_line: str) -> None:
-    before = left(hubs.ours)
-    theirs, first, ours = cull_both(command_line)
-    assert ours == theirs
+def run_the_reference(hub: RealHub, words: Iterable[str]) -> Left:
+    result = subprocess.run(
+        [sys.executable, "-c", REFERENCE_ONCE, *arguments(hub, map(as_2_0_0_takes_it, words))],
+        env={"JUPYTERHUB_API_URL": hub.url, "JUPYTERHUB_API_TOKEN": hub.user_culler_token},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert re.fullmatch(r"[\d.]+\n", result.stdout), result.stderr  # how long its pass took
+    assert not re.search("Traceback|no effect", result.stderr), result.stderr
+    return left(hub)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.command_line)
+def test_a_command_line_leaves_the_same_servers_and_users(both: Hubs, cull: Cull, row: Row) -> None:
+    def run_ours() -> Left:
+        hub = both.ours
+        env = {"JUPYTERHUB_API_URL": hub.url}  # what the Hub tells a service that it manages
+        result = cull("--once", *arguments(hub, words), token=hub.user_culler_token, env=env)
+        assert result.exit_code == 0, result.err
+        return left(hub)
+
+    words = row.command_line.split()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(bring_back, both))
+        before = left(both.ours)
+        assert left(both.reference) == before
+        reference = pool.submit(run_the_reference, both.reference, words)
+        first = run_ours()
+        theirs = reference.result()
+    later = first.users - theirs.users - row.users
+    both.ours.make_idle(*later)
+    ours = run_ours()
+    stopped = {server.replace("ready", "stopped") for server in row.servers if "/" in server}
+    assert (ours.users - theirs.users, theirs.users - ours.users) == (row.users, set())
+    assert (ours.servers - theirs.servers, theirs.servers - ours.servers) == (row.servers, stopped)
     assert ours != before
-    later = first.users - theirs.users
+    # Only users whose servers were just stopped are deleted later.
     assert later <= {user for user, _ in READY}
     servers = {f"{full_name(*key)} is stopped" for key in READY if key[0] in later}
-    assert theirs.servers <= first.servers <= theirs.servers | servers
-
-
-@pytest.mark.parametrize(("command_line", "users", "servers"), WHERE_THE_REFERENCE_IS_WRONG)
-def test_max_age_does_not_cull_what_other_options_exempt(
-    cull_both: CullBoth, command_line: str, users: set[str], servers: set[str]
-) -> None:
-    theirs, _, ours = cull_both(command_line)
-    assert ours.users - theirs.users == users
-    assert ours.servers - theirs.servers == servers
-    assert theirs.users <= ours.users
+    assert first.servers - theirs.servers <= servers | row.servers

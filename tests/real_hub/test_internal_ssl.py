@@ -6,15 +6,18 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
+from typing import NamedTuple
 
 import pytest
 from hub import IDLE, RealHub
-from runs import Cull, Result
+from runs import Cull
+
+CA, CERTIFICATE, KEY = "hub-ca/hub-ca.crt", "hub-internal/hub-internal.crt", "hub-internal/hub-internal.key"
 
 
 @pytest.fixture(scope="module")
@@ -34,53 +37,8 @@ def hub(tls_hub: RealHub) -> RealHub:
 
 @pytest.fixture
 def certificates(hub: RealHub, tmp_path: Path) -> Path:
-    """A copy of the Hub's."""
-    return Path(shutil.copytree(hub.certificates, tmp_path / "certificates"))
-
-
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """Certificates of another Hub, under the same names."""
-    certipy = import_module("certipy").Certipy(store_dir=str(tmp_path / "another"))
-    certipy.create_ca("hub-ca")
-    certipy.create_signed_pair("hub-internal", "hub-ca", alt_names=["IP:127.0.0.1"])
-    return tmp_path / "another"
-
-
-def handed_over(hub: RealHub) -> dict[str, str]:
-    """The environment of a service that the Hub starts. Its certificate is made like that of a user's server."""
-    own = hub.certificates / "user-busy/user-busy"
-    return {
-        "JUPYTERHUB_API_URL": hub.url,
-        "JUPYTERHUB_SSL_KEYFILE": f"{own}.key",
-        "JUPYTERHUB_SSL_CERTFILE": f"{own}.crt",
-        "JUPYTERHUB_SSL_CLIENT_CA": str(hub.certificates / "notebooks-ca_trust.crt"),
-    }
-
-
-def test_an_idle_server_is_culled(hub: RealHub, cull: Cull) -> None:
-    location = f"--internal-certs-location={hub.certificates}"
-    result = cull("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled", location, token=hub.culler_token)
-    assert result.exit_code == 0
-    assert result.outcomes == {"idle": "culled"}
-    assert hub.running() == {"busy"}
-
-
-def test_certificates_are_in_internal_ssl_by_default(hub: RealHub, cull: Cull, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(hub.certificates.parent)
-    result = cull("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled=true", token=hub.culler_token)
-    assert (result.exit_code, hub.running()) == (0, {"busy"})
-
-
-def test_a_service_uses_the_certificates_that_the_hub_hands_over(hub: RealHub, cull: Cull) -> None:
-    result = cull("--once", "--timeout=1h", token=hub.culler_token, env=handed_over(hub))
-    assert (result.exit_code, hub.running()) == (0, {"busy"})
-
-
-def test_the_certificates_that_the_hub_hands_over_come_before_the_options(hub: RealHub, cull: Cull) -> None:
-    options = ("--ssl-enabled", "--internal-certs-location=nowhere")
-    result = cull("--once", "--timeout=1h", *options, token=hub.culler_token, env=handed_over(hub))
-    assert (result.exit_code, hub.running()) == (0, {"busy"})
+    """A copy of the Hub's, in a folder that is called as the Hub calls it."""
+    return Path(shutil.copytree(hub.certificates, tmp_path / "internal-ssl"))
 
 
 class Tunnel(StreamRequestHandler):
@@ -109,79 +67,104 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-@pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingTCPServer]:
+class Way(NamedTuple):
+    """How the program is told of the certificates: {at} is where they are, {port} that of an HTTP proxy."""
+
+    options: str = "--ssl-enabled --internal-certs-location={at}"
+    env: str = ""
+
+    def arguments(self, at: Path, hub: RealHub) -> list[str]:
+        return ["--once", "--timeout=1h", "--url", hub.url, *self.options.format(at=at).split()]
+
+    def environment(self, at: Path, port: object = "") -> dict[str, str]:
+        return dict(word.partition("=")[::2] for word in self.env.format(at=at, port=port).split())
+
+
+# What a service that the Hub starts finds in its environment. Its certificate is made like that of a user's server.
+SERVICE = (
+    "JUPYTERHUB_SSL_KEYFILE={at}/user-busy/user-busy.key JUPYTERHUB_SSL_CERTFILE={at}/user-busy/user-busy.crt "
+    "JUPYTERHUB_SSL_CLIENT_CA={at}/notebooks-ca_trust.crt"
+)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(),
+        Way("--ssl-enabled=true"),
+        Way("", SERVICE),
+        Way("--ssl-enabled --internal-certs-location=nowhere", SERVICE),
+        Way(env="HTTPS_PROXY=http://127.0.0.1:{port} NO_PROXY= no_proxy="),
+    ],
+    ids=["by options", "in ./internal-ssl", "as a service", "as a service, whatever options say", "through a proxy"],
+)
+def test_an_idle_server_is_culled(
+    hub: RealHub, cull: Cull, certificates: Path, monkeypatch: pytest.MonkeyPatch, way: Way
+) -> None:
     monkeypatch.setattr(Tunnel, "seen", [], raising=False)
-    with ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        yield server
-        server.shutdown()
+    monkeypatch.chdir(certificates.parent)
+    with ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.01,)).start()
+        env = way.environment(certificates, proxy.server_address[1])
+        result = cull(*way.arguments(certificates, hub), token=hub.culler_token, env=env)
+        proxy.shutdown()
+    assert (result.exit_code, result.outcomes, hub.running()) == (0, {"idle": "culled"}, {"busy"})
+    assert len(Tunnel.seen) == ("HTTPS_PROXY" in way.env)
+    assert not any(hub.culler_token.encode() in head for head in Tunnel.seen)
 
 
-def test_a_proxy_for_https_is_used_and_sees_no_token(hub: RealHub, cull: Cull, proxy: ThreadingTCPServer) -> None:
-    location = f"--internal-certs-location={hub.certificates}"
-    through = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.server_address[1]}", "NO_PROXY": "", "no_proxy": ""}
-    options = ("--once", "--timeout=1h", "--url", hub.url, "--ssl-enabled", location)
-    result = cull(*options, token=hub.culler_token, env=through)
-    assert (result.exit_code, hub.running()) == (0, {"busy"})
-    assert len(Tunnel.seen) == 1
-    assert hub.culler_token.encode() not in Tunnel.seen[0]
-
-
-Spoil = Callable[[Path, Path], object]  # takes the Hub's certificates, and foreign ones
-CA, CERTIFICATE, KEY = "hub-ca/hub-ca.crt", "hub-internal/hub-internal.crt", "hub-internal/hub-internal.key"
+Spoil = Callable[[Path, Path], object]  # takes the Hub's certificates, and another Hub's under the same names
 # From TLS 1.3 on, a client that is refused hears why only if it is not too busy sending its request.
 REFUSED = "TLS|connection"
-WRONG: Mapping[str, tuple[Spoil, str]] = {
-    "no folder": (lambda hubs, foreign: shutil.rmtree(hubs), CA),
-    "no CA": (lambda hubs, foreign: (hubs / CA).unlink(), CA),
-    "no certificate": (lambda hubs, foreign: (hubs / CERTIFICATE).unlink(), CERTIFICATE),
-    "no key": (lambda hubs, foreign: (hubs / KEY).unlink(), KEY),
-    "a CA that is not one": (lambda hubs, foreign: (hubs / CA).write_text("CA"), "TLS"),
-    "a certificate that is not one": (lambda hubs, foreign: (hubs / CERTIFICATE).write_text("cert"), "TLS"),
-    "a key that is not one": (lambda hubs, foreign: (hubs / KEY).write_text("key"), "TLS"),
-    "a key of another certificate": (lambda hubs, foreign: shutil.copy(foreign / KEY, hubs / KEY), "mismatch"),
-    "another Hub's CA": (lambda hubs, foreign: shutil.copy(foreign / CA, hubs / CA), "certificate verify failed"),
-    "another Hub's certificate": (
-        lambda hubs, foreign: [shutil.copy(foreign / file, hubs / file) for file in (CERTIFICATE, KEY)],
-        REFUSED,
-    ),
-}
 
 
-@pytest.mark.parametrize(("spoil", "part"), WRONG.values(), ids=WRONG.keys())
+def removed(name: str) -> Spoil:
+    return lambda hubs, another: (hubs / name).unlink()
+
+
+def no_longer_one(name: str) -> Spoil:
+    return lambda hubs, another: (hubs / name).write_text("?")
+
+
+def of_another(*names: str) -> Spoil:
+    return lambda hubs, another: [shutil.copy(another / name, hubs / name) for name in names]
+
+
+def unchanged(hubs: Path, another: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "way", "part"),
+    [
+        pytest.param(lambda hubs, another: shutil.rmtree(hubs), Way(), CA, id="no folder"),
+        pytest.param(removed(CA), Way(), CA, id="no CA"),
+        pytest.param(removed(CERTIFICATE), Way(), CERTIFICATE, id="no certificate"),
+        pytest.param(removed(KEY), Way(), KEY, id="no key"),
+        pytest.param(no_longer_one(CA), Way(), "TLS", id="a CA that is not one"),
+        pytest.param(no_longer_one(CERTIFICATE), Way(), "TLS", id="a certificate that is not one"),
+        pytest.param(no_longer_one(KEY), Way(), "TLS", id="a key that is not one"),
+        pytest.param(of_another(KEY), Way(), "mismatch", id="a key of another certificate"),
+        pytest.param(of_another(CA), Way(), "certificate verify failed", id="another Hub's CA"),
+        pytest.param(of_another(CERTIFICATE, KEY), Way(), REFUSED, id="another Hub's certificate"),
+        pytest.param(removed("user-busy/user-busy.key"), Way("", SERVICE), "user-busy.key", id="no key of a service"),
+        pytest.param(unchanged, Way(""), "certificate verify failed", id="without its CA the Hub is not trusted"),
+        pytest.param(unchanged, Way("", "REQUESTS_CA_BUNDLE={at}/" + CA), REFUSED, id="no client certificate"),
+    ],
+)
 def test_wrong_certificates_get_a_sentence(
-    hub: RealHub, cull: Cull, certificates: Path, foreign: Path, spoil: Spoil, part: str
+    hub: RealHub, cull: Cull, certificates: Path, tmp_path: Path, spoil: Spoil, way: Way, part: str
 ) -> None:
-    spoil(certificates, foreign)
-    location = f"--internal-certs-location={certificates}"
-    result = cull("--once", "--url", hub.url, "--ssl-enabled", location, token=hub.culler_token)
-    assert_one_sentence(result, part)
-
-
-def test_wrong_certificates_of_a_service_get_a_sentence(hub: RealHub, cull: Cull) -> None:
-    variables = {**handed_over(hub), "JUPYTERHUB_SSL_KEYFILE": "/nowhere/cull-idle.key"}
-    assert_one_sentence(cull("--once", token=hub.culler_token, env=variables), "/nowhere/cull-idle.key")
-
-
-def test_without_its_ca_the_hub_is_not_trusted(hub: RealHub, cull: Cull) -> None:
-    result = cull("--once", "--url", hub.url, token=hub.culler_token)
-    assert_one_sentence(result, "certificate verify failed")
-
-
-def test_without_a_client_certificate_the_hub_refuses(hub: RealHub, cull: Cull) -> None:
-    trusted = {"REQUESTS_CA_BUNDLE": str(hub.certificates / CA)}
-    result = cull("--once", "--url", hub.url, token=hub.culler_token, env=trusted)
-    assert_one_sentence(result, REFUSED)
+    certipy = import_module("certipy").Certipy(store_dir=str(tmp_path / "another"))
+    certipy.create_ca("hub-ca")
+    certipy.create_signed_pair("hub-internal", "hub-ca", alt_names=["IP:127.0.0.1"])
+    spoil(certificates, tmp_path / "another")
+    result = cull(*way.arguments(certificates, hub), token=hub.culler_token, env=way.environment(certificates))
+    assert (result.exit_code, len(result.lines), len(result.errors)) == (3, 1, 1)
+    assert re.search(part, result.lines[0])
 
 
 def test_a_hub_with_internal_ssl_does_not_answer_http(hub: RealHub, cull: Cull) -> None:
     result = cull("--once", "--url", hub.url.replace("https:", "http:"), token=hub.culler_token)
-    assert_one_sentence(result, f"connection.*--url {hub.url}")
-
-
-def assert_one_sentence(result: Result, part: str) -> None:
-    assert result.exit_code == 3
-    (line,) = result.lines
-    assert line.startswith("ERROR ")
-    assert re.search(part, line)
+    assert (result.exit_code, len(result.lines)) == (3, 1)
+    assert f"--url {hub.url}" in result.lines[0]

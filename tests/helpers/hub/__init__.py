@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -64,37 +63,28 @@ def servers_of(user: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 class RealHub:
     """A Hub in a process of its own, from __enter__ to __exit__.
 
-    Its database is in a temporary directory, its servers exist only in its own process, and
-    they outlive it: after restart() they still run. It ends also when this process is killed.
+    Its database is in a temporary directory, its servers exist only in its own process, and they outlive it: after
+    restart() they still run. It ends also when this process is killed.
     """
 
     def __init__(
         self,
         *,
-        slow_stop_timeout: float = 10,
-        python: str = sys.executable,
-        named_servers: bool = True,
-        internal_ssl: bool = False,
-        base_url: str = "/",
-        extra_config: str = "",
+        slow_stop_timeout: float = 10,  # seconds until it answers 202 to a DELETE
+        python: str = sys.executable,  # the interpreter that has the Hub, of any version since 0.6
+        named_servers: bool = True,  # whether they are allowed
+        internal_ssl: bool = False,  # it and its servers speak TLS only
+        base_url: str = "/",  # what comes before hub/ in its paths, with slashes around it
+        extra_config: str = "",  # Python, run at the end of its configuration
     ) -> None:
-        """slow_stop_timeout: seconds until the Hub answers 202 to a DELETE.
-
-        python: the interpreter that has the Hub, of any version since 0.6.
-        named_servers: whether they are allowed.
-        internal_ssl: the Hub and its servers speak TLS only; see certificates.
-        base_url: what comes before hub/ in its paths, with slashes around it.
-        extra_config: Python, run at the end of the Hub's configuration.
-        """
         self._named_servers, self._internal_ssl = named_servers, internal_ssl
         self.admin_token, self.culler_token, self.user_culler_token = (secrets.token_hex(16) for _ in range(3))
         port, public_port, server_port = free_ports(3)
         self.url = f"http{'s' * internal_ssl}://127.0.0.1:{port}{base_url}hub/api"
         self.public_url = f"http://127.0.0.1:{public_port}{base_url}".rstrip("/")  # if extra_config has a proxy there
         self._python = python
-        # Without coverage, which would follow it into the programs that it starts.
-        self._environment = {
-            **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key and "COV" not in key},
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if "JUPYTERHUB" not in key},
             "REAL_HUB_PORT": str(port),
             "REAL_HUB_PUBLIC_PORT": str(public_port),
             "REAL_HUB_SERVER_PORT": str(server_port),
@@ -103,10 +93,8 @@ class RealHub:
             "REAL_HUB_ADMIN_TOKEN": self.admin_token,
             "REAL_HUB_CULLER_TOKEN": self.culler_token,
             "REAL_HUB_USER_CULLER_TOKEN": self.user_culler_token,
-            "REAL_HUB_EXTRA_CONFIG": (
-                "c.JupyterHub.internal_ssl = True\n" * internal_ssl
-                + f"c.JupyterHub.base_url = {base_url!r}\n{extra_config}"
-            ),
+            "REAL_HUB_EXTRA_CONFIG": "c.JupyterHub.internal_ssl = True\n" * internal_ssl
+            + f"c.JupyterHub.base_url = {base_url!r}\n{extra_config}",
             "REAL_HUB_TOKEN_OWNER": TOKEN_OWNER,
         }
         self._process: ForkedProcess | None = None
@@ -114,16 +102,15 @@ class RealHub:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             directory = tempfile.TemporaryDirectory(prefix="real-hub-", ignore_cleanup_errors=True)
-            self._directory = Path(stack.enter_context(directory))
+            self.directory = Path(stack.enter_context(directory))  # where the Hub runs
+            self.certificates = self.directory / "internal-ssl"  # all of a Hub with internal_ssl
             self._pool = stack.enter_context(ThreadPoolExecutor(10))
             stack.callback(self.stop)
             self.start()
             self._undo = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()
 
     # Its process
@@ -139,9 +126,9 @@ class RealHub:
             own = self.certificates / "hub-internal/hub-internal"
             session.cert = (f"{own}.crt", f"{own}.key")
         self._session = session
-        argv, log = ["jupyterhub", "-f", str(CONFIG)], self._directory / "log"
-        self._process = ForkedProcess(self._python, "jupyterhub.app", argv, self._directory, log, self._environment)
-        self._wait_until(self._answers, "answers", pause=0.1)
+        argv, log = ["jupyterhub", "-f", str(CONFIG)], self.directory / "log"
+        self._process = ForkedProcess(self._python, "jupyterhub.app", argv, self.directory, log, self.environment)
+        self.wait_until(self._answers, "answers", pause=0.1)
 
     def stop(self) -> None:
         """Stop the Hub's process; its servers stay, as far as it is concerned."""
@@ -162,29 +149,13 @@ class RealHub:
 
     def log(self) -> str:
         """All that the Hub has logged since the first start."""
-        return (self._directory / "log").read_text("utf-8", "replace")
+        return (self.directory / "log").read_text("utf-8", "replace")
 
     def cpu_seconds(self) -> float:
         """What the Hub's process has used of the processor."""
         assert self._process
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    @property
-    def directory(self) -> Path:
-        """Where the Hub runs."""
-        return self._directory
-
-    @property
-    def certificates(self) -> Path:
-        """Where a Hub with internal_ssl keeps all of its certificates and keys."""
-        return self._directory / "internal-ssl"
-
-    @functools.cached_property
-    def _finds_doubles(self) -> bool:
-        """Whether it can find doubles in its database. Real servers, and those with certificates, it must start."""
-        extra_config = self._environment["REAL_HUB_EXTRA_CONFIG"]
-        return self.version >= (6,) and not self._internal_ssl and "spawner_class" not in extra_config
 
     @functools.cached_property
     def version(self) -> tuple[int, ...]:
@@ -199,19 +170,15 @@ class RealHub:
             return self._session.get(f"{self.url}/users", timeout=30).ok
         return False
 
-    def _wait_until(
-        self, condition: Callable[[], bool], what: str, *, timeout: float = 60, pause: float = 0.02
-    ) -> None:
-        deadline = time.monotonic() + timeout
+    def wait_until(self, condition: Callable[[], object], what: str, *, pause: float = 0.02) -> None:
+        """Wait for a minute at most. An error shows the end of the Hub's log."""
+        deadline = time.monotonic() + 60
         while not condition():
-            self._check_that_it_runs()
+            if self._process and not self._process.runs():
+                raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not after {timeout}s: {what}\n{self.log()[-4000:]}")
+                raise TimeoutError(f"not after a minute: {what}\n{self.log()[-4000:]}")
             time.sleep(pause)
-
-    def _check_that_it_runs(self) -> None:
-        if self._process is None or not self._process.runs():
-            raise RuntimeError(f"the Hub ended:\n{self.log()[-4000:]}")
 
     # Its API, as the admin service
 
@@ -220,11 +187,7 @@ class RealHub:
         headers = {"Accept": "application/jupyterhub-pagination+json"}
         request = self._session.prepare_request(requests.Request(method, self.url, headers, json=json))
         request.url = self.url + path  # not before: requests would take the %2E in it for a dot
-        try:
-            answer = self._session.send(request, timeout=60)
-        except requests.ConnectionError:
-            self._check_that_it_runs()
-            raise
+        answer = self._session.send(request, timeout=60)
         if answer.status_code not in allow:
             answer.raise_for_status()
         return answer
@@ -264,6 +227,10 @@ class RealHub:
         found: list[str] = self._backdoor("named_servers", name=name)
         return found
 
+    def most_stopping(self) -> int:
+        """How many servers were stopping at the same time, at most, since the Hub was empty."""
+        return int(self._backdoor("about")["most_stopping"])
+
     def token_with(self, *scopes: str) -> str:
         """A new token with just these scopes; needs a Hub since 2.0."""
         token: str = self._backdoor("token", scopes=scopes)
@@ -276,14 +243,11 @@ class RealHub:
         name: str,
         *,
         admin: bool = False,
-        idle_seconds: float | None = None,
+        idle_seconds: float | None = None,  # None: never active
         age_seconds: float | None = None,
         groups: Sequence[str] = (),
     ) -> None:
-        """A user without a server, last active and created that long ago.
-
-        idle_seconds=None: never active.
-        """
+        """A user without a server, last active and created that long ago."""
         self.api("POST", api_path("users", name), json={"admin": admin})
         self._backdoor("user", name=name, last_activity=idle_seconds, created=age_seconds)
         for group in groups:
@@ -299,7 +263,7 @@ class RealHub:
           (without age_seconds, it was last active when it started)
         - user_idle_seconds, user_age_seconds: its user was last active, was created
         - start_seconds, stop_seconds: it takes that long to start, to stop
-        - stop_fails: stopping it raises an exception in the Hub
+        - then_active: the default server of this user becomes active when it is about to stop
 
         Without any, the Hub takes those of the last time.
         """
@@ -309,10 +273,12 @@ class RealHub:
         """Start servers, given as (user, server, user_options), all at the same time.
 
         Doubles that are ready at once are not started by a Hub since 6.0: it finds them and their users in its
-        database, as after its own restart, in half of the time.
+        database, as after its own restart, in half of the time. Not so real servers, and those with certificates.
         """
         servers = list(servers)
-        if wait and self._finds_doubles and not any("start_seconds" in options for *_, options in servers):
+        ready = wait and not any("start_seconds" in options for *_, options in servers)
+        real = self._internal_ssl or "spawner_class" in self.environment["REAL_HUB_EXTRA_CONFIG"]
+        if ready and not real and self.version >= (6,):
             self._backdoor("run", servers=servers)
             return
 
@@ -325,9 +291,9 @@ class RealHub:
         list(self._pool.map(start, servers))
         if wait:
             wanted = {full_name(name, server) for name, server, _ in servers}
-            self._wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
+            self.wait_until(lambda: wanted <= self.running(), f"{sorted(wanted)} are ready")
             if self.version < (0, 8):  # ready comes before the last step, see DoubleSpawner.add_poll_callback
-                self._wait_until(lambda: bool(self._backdoor("about")["settled"]), "they are as old as they should be")
+                self.wait_until(lambda: bool(self._backdoor("about")["settled"]), "they are as old as they should be")
 
     def inherit(self, users: Iterable[tuple[str, float, Mapping[str, Mapping[str, object]]]]) -> list[str]:
         """What an older Hub has left, of names that a new one may refuse; needs a Hub since 6.0.
@@ -349,7 +315,7 @@ class RealHub:
 
     def clear(self) -> None:
         """Delete every user, server and group, whatever is pending; returns when they are gone."""
-        self._wait_until(self._cleared, "everything is deleted")
+        self.wait_until(self._cleared, "everything is deleted")
         if self.version < (0, 7):  # no groups
             return
         for group in self.models("groups"):

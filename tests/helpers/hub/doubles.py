@@ -4,6 +4,7 @@
 Runs inside Hubs 0.6 to 6, so on Python 3.6 and tornado 4 too.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -40,6 +41,19 @@ def put_into_past(row, ages):
     for column, seconds in ages.items():
         if seconds is not None and hasattr(row, column):  # Hubs before 0.9 have last_activity only
             setattr(row, column, now - datetime.timedelta(seconds=seconds))
+
+
+def touch(user, server="", last_activity=0):
+    """A server was active, and so was its user: but that never makes the user idle. Hubs before 0.9 know users only."""
+    seen = {"last_activity": last_activity}
+    if jupyterhub.version_info < (0, 9):
+        put_into_past(user, seen)
+    else:
+        spawner = user.orm_spawners[server]
+        put_into_past(spawner, seen)
+        if user.last_activity is None or user.last_activity < spawner.last_activity:
+            put_into_past(user, seen)
+    object_session(user).commit()
 
 
 def in_background(work):
@@ -84,11 +98,7 @@ class Server(ThreadingMixIn, HTTPServer):
             self.end_headers()
             self.wfile.write(b"{}")
 
-        def do_POST(self):
-            self.do_GET()
-
-        def do_DELETE(self):
-            self.do_GET()
+        do_POST = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *args):
             pass
@@ -111,6 +121,7 @@ class DoubleSpawner(Spawner):
     port = int(os.environ["REAL_HUB_SERVER_PORT"])
     double = Server(port)
     alive = WeakSet()
+    stopping = most_stopping = 0  # of all of them at the same time
     running = False
     fresh = False
 
@@ -134,10 +145,8 @@ class DoubleSpawner(Spawner):
         object_session(self.user.orm_user).commit()
 
     async def wait(self, seconds):
-        try:
+        with contextlib.suppress(gen.TimeoutError):
             await self.hurried.wait(datetime.timedelta(seconds=seconds))
-        except gen.TimeoutError:
-            pass
 
     async def start(self):
         self.hurried.clear()
@@ -163,9 +172,13 @@ class DoubleSpawner(Spawner):
         return None if self.running else 0
 
     async def stop(self, now=False):
+        kind = DoubleSpawner
+        kind.stopping += 1
+        kind.most_stopping = max(kind.stopping, kind.most_stopping)
+        if "then_active" in self.user_options and not self.hurried.is_set():
+            touch(orm.User.find(object_session(self.user.orm_user), self.user_options["then_active"]))
         await self.wait(self.user_options.get("stop_seconds", 0))
-        if self.user_options.get("stop_fails") and not self.hurried.is_set():
-            raise RuntimeError("this server does not stop")
+        kind.stopping -= 1
         self.running = False
 
     def get_state(self):
@@ -220,9 +233,10 @@ class BackdoorHandler(APIHandler):
         """Users by their names, found with one query. Who is not in the database yet is added, in this order."""
         names = list(names)
         users = {user.name: user for user in self.db.query(orm.User).filter(orm.User.name.in_(names))}
+        roles = [orm.Role.find(self.db, "user")]  # which the Hub gives to all
         for name in names:
             if name not in users:
-                users[name] = orm.User(name=name)
+                users[name] = orm.User(name=name, roles=roles)
                 self.db.add(users[name])
         return users
 
@@ -233,14 +247,7 @@ class BackdoorHandler(APIHandler):
 
     def post_server(self, name, server, last_activity):
         """Activity of a server counts as its user's too, but never makes the user idle."""
-        user = self.find_user(name).orm_user
-        if jupyterhub.version_info < (0, 9):
-            put_into_past(user, {"last_activity": last_activity})
-            return
-        spawner = user.orm_spawners[server]
-        put_into_past(spawner, {"last_activity": last_activity})
-        if user.last_activity is None or user.last_activity < spawner.last_activity:
-            put_into_past(user, {"last_activity": last_activity})
+        touch(self.find_user(name).orm_user, server, last_activity)
 
     def post_token(self, scopes):
         """A token of the admin service with just these scopes; Hub 2 and later."""
@@ -259,9 +266,10 @@ class BackdoorHandler(APIHandler):
         return sorted(filter(None, self.find_user(name).orm_user.orm_spawners))
 
     def post_about(self):
-        """The Hub's version, and whether all servers that are ready are as old as they should be."""
+        """The Hub's version, whether all ready servers are as old as they should be, how many were stopping at most."""
         settled = not any(spawner.fresh for spawner in DoubleSpawner.alive)
-        return {"version": jupyterhub.version_info[:3], "settled": settled}
+        most = DoubleSpawner.most_stopping
+        return {"version": jupyterhub.version_info[:3], "settled": settled, "most_stopping": most}
 
     def post_run(self, servers):
         """Servers that run, as the Hub finds them when it starts anew; Hub 6 and later. Makes many at once.
@@ -271,7 +279,7 @@ class BackdoorHandler(APIHandler):
         users = self.orm_users(name for name, _, _ in servers)
         for name, server, options in servers:
             user = users[name]
-            spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, user=user)
+            spawner = user.orm_spawners.get(server) or orm.Spawner(name=server, display_name=server, user=user)
             self.db.add(spawner)
             spawner.server = orm.Server(ip="127.0.0.1", port=DoubleSpawner.port, base_url="/")
             spawner.user_options = options or spawner.user_options or {}
@@ -285,30 +293,26 @@ class BackdoorHandler(APIHandler):
             spawner.put_into_past()
 
     def post_inherit(self, users):
-        """What an older Hub has left, which took names that this one refuses; Hub 6 and later.
+        """What an older Hub has left, which took names that this one refuses; Hub 6 and later. Makes many at once.
 
         Users are (name, seconds since their last activity, user_options of their running servers by name). A user who
-        is known already is only put into the past. Returns which names of users the Hub refuses. Makes many at once.
+        is known already is only put into the past. Returns which names of users the Hub refuses.
         """
         refused = [name for name, _, _ in users if not self.authenticator.validate_username(name)]
         users = [user for user in users if user[0] not in refused]
         orm_users = self.orm_users(name for name, _, _ in users)
-        for name, idle_seconds, servers in users:
-            user = orm_users[name]
-            put_into_past(user, {"last_activity": idle_seconds})
-            if servers and "" not in servers:  # or the Hub would add it, one user at a time
-                self.db.add(orm.Spawner(name="", user=user))
-        self.post_run(
-            [
-                (name, server, dict(options, user_idle_seconds=idle_seconds))
-                for name, idle_seconds, servers in users
-                for server, options in servers.items()
-            ]
-        )
+        servers = []
+        for name, idle_seconds, options in users:
+            put_into_past(orm_users[name], {"last_activity": idle_seconds})
+            if options and "" not in options:  # or the Hub would add it, one user at a time
+                self.db.add(orm.Spawner(name="", display_name="", user=orm_users[name]))
+            servers += [(name, server, dict(each, user_idle_seconds=idle_seconds)) for server, each in options.items()]
+        self.post_run(servers)
         return refused
 
     def post_hurry(self):
-        """Whatever waits in start or stop, or would, is done at once, and stops do not fail."""
+        """Whatever waits in start or stop, or would, is done at once."""
+        DoubleSpawner.most_stopping = 0
         for spawner in DoubleSpawner.alive:
             spawner.hurried.set()
 

@@ -63,11 +63,9 @@ _lock = threading.Lock()
 @functools.cache
 def _forking(python: str, module: str) -> subprocess.Popen[str]:
     """The process that forks those that run `main` of a module, in one Python."""
-    # Coverage, which would follow it into the Hubs, has them take a third longer.
-    environment = {name: value for name, value in os.environ.items() if "COV" not in name}
     command = [python, "-c", FORK, module]
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     atexit.register(process.communicate)  # it ends with its stdin
     return process
