@@ -38,8 +38,13 @@ DROP = object()  # in an `extra`: the Hub leaves this key out
 FROM_CLOCK = "from the clock"  # for `ScriptedHub.date_header`: what `clock` says
 
 LEAST_SCOPES = ("delete:servers", "list:users", "read:servers", "read:users:activity", "read:users:name")
-ALL_SCOPES = (*LEAST_SCOPES, "admin:users", "delete:users", "read:users", "read:users:groups")
+ALL_SCOPES = (  # of a culler with admin:users, as the Hub expands them
+    *(*LEAST_SCOPES, "admin:auth_state", "admin:users", "delete:users", "read:roles:users", "read:users"),
+    *("read:users:groups", "users", "users:activity"),
+)
 SEEN_WITH = {  # the scopes that show a key of a user's model; without an entry, all do
+    "roles": {"read:users", "read:roles:users"},
+    "auth_state": {"admin:auth_state"},
     "admin": {"read:users", "read:users:name"},
     "groups": {"read:users", "read:users:groups"},
     "server": {"read:users"},
@@ -145,6 +150,12 @@ def server_model(user: FakeUser, server: FakeServer, scopes: Iterable[str]) -> d
     return with_extra(model, server.extra)
 
 
+def granted_for(name: str, groups: Iterable[str], scopes: Iterable[str]) -> set[str]:
+    """What the scopes of a token allow for a user; one may be filtered, as `delete:servers!group=students` is."""
+    filters = {"", f"user={name}", *(f"group={group}" for group in groups)}
+    return {scope for scope, _, only in (each.partition("!") for each in scopes) if only in filters}
+
+
 def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
     default = user.servers.get("")
     servers = [server for server in list(user.servers.values()) if server.active]
@@ -152,6 +163,8 @@ def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
         "kind": "user",
         "name": user.name,
         "admin": user.admin,
+        "roles": ["user", "admin"] if user.admin else ["user"],
+        "auth_state": None,
         "groups": user.groups,
         "server": f"/user/{quote(user.name, safe='@~')}/" if default and default.ready else None,
         "pending": default.pending if default else None,
@@ -160,7 +173,7 @@ def user_model(user: FakeUser, scopes: Iterable[str]) -> dict[str, Any]:
         "servers": {server.name: server_model(user, server, scopes) for server in servers},
         "user_info": None,
     }
-    granted = {scope.partition("!")[0] for scope in scopes}
+    granted = granted_for(user.name, user.groups, scopes)
     seen = {key: value for key, value in model.items() if SEEN_WITH.get(key, granted) & granted}
     return with_extra(seen, user.extra)
 
@@ -539,7 +552,7 @@ class ScriptedHub:
             return as_json(200, {"version": self.version})
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() not in ("token", "bearer") or token.strip() != self.token:
-            return error(403, "Missing or invalid credentials.")
+            return error(403, None if request.segments == ("user",) else "Missing or invalid credentials.")
         return self._api(request)
 
     def _api(self, request: Request) -> Answer:
@@ -550,19 +563,19 @@ class ScriptedHub:
             case "GET", "users":
                 return self._allowed("list:users") or self._list_users(request)
             case "GET", "users", name:
-                return self._allowed("read:users:name", "read:servers") or self._get_user(name)
+                return self._may(name, "read:users:name", "read:servers") or self._get_user(name)
             case "DELETE", "users", name:
-                return self._may("delete:users", name) or self._delete_user(name)
+                return self._may(name, "delete:users") or self._delete_user(name)
             case "POST", "users", name, "tokens":
-                return self._may("tokens", name) or self._make_token(name, json.loads(request.body))
+                return self._make_token(name, json.loads(request.body))
             case "DELETE", "users", name, "tokens", token:
-                return self._may("tokens", name) or (Answer(204) if self.tokens.pop(token, None) else error(404))
+                return self._may(name, "tokens") or self._revoke(name, token)
             case "DELETE", "users", name, "server":
-                return self._may("delete:servers", name) or self._stop(name, "", request.body)
+                return self._may(name, "delete:servers") or self._stop(name, "", request.body)
             case "DELETE", "users", name, "servers", server:
-                return self._may("delete:servers", name) or self._stop(name, server, request.body)
+                return self._may(name, "delete:servers") or self._stop(name, server, request.body)
             case _:
-                return error(404, "Not Found")
+                return error(404)
 
     def _allowed(self, *scopes: str) -> Answer | None:
         if set(scopes) & {scope.partition("!")[0] for scope in self.scopes}:
@@ -570,16 +583,11 @@ class ScriptedHub:
         refused = "Action is not authorized with current scopes; requires any of"
         return error(403, f"{refused} [{', '.join(scopes)}]")
 
-    def _may(self, scope: str, name: str) -> Answer | None:
-        """None if the token may do this to a user: a scope may be filtered, as in `delete:servers!group=students`."""
-        if scope in self.scopes:
-            return None
-        if refused := self._allowed(scope):
-            return refused
+    def _may(self, name: str, *scopes: str) -> Answer | None:
+        """None if one of these scopes of the token covers a user."""
         user = self._find(name)
-        filters = {f"user={name}", *(f"group={group}" for group in (user.groups if user else []))}
-        covered = any(f"{scope}!{each}" in self.scopes for each in filters)
-        return None if covered else error(404, NO_ACCESS)
+        granted = granted_for(name, user.groups if user else [], self.scopes)
+        return self._allowed(*scopes) or (None if granted & set(scopes) else error(404, NO_ACCESS))
 
     def _list_users(self, request: Request) -> Answer:
         paginated = PAGINATION in re.split(r"\s*,\s*", request.headers.get("accept", "").lower())
@@ -615,7 +623,8 @@ class ScriptedHub:
         return [json.dumps(user_model(user, self.scopes)) for user in shown], len(users)
 
     def _in_state(self, user: FakeUser, state: str | None) -> bool:
-        return not state or user.active == (state != "inactive")
+        seen = "list:users" in granted_for(user.name, user.groups, self.scopes)
+        return seen and (not state or user.active == (state != "inactive"))
 
     def _find(self, name: str) -> FakeUser | None:
         return self.users.get(name)
@@ -625,15 +634,24 @@ class ScriptedHub:
         return as_json(200, user_model(user, self.scopes)) if user else error(404)
 
     def _make_token(self, name: str, asked: Mapping[str, Any]) -> Answer:
-        if name not in self.users:
+        if name not in self.users or self._may(name, "tokens"):
             return error(403, f"Service {name} not found or no permissions to generate tokens")
         with self._lock:
             self.tokens_made += 1
-            model = {"user": name, "id": f"a{self.tokens_made}", "note": asked["note"]}
+            model: dict[str, Any] = {"user": name, "id": f"a{self.tokens_made}", "note": asked["note"]}
+        now = self.now
+        model |= {"kind": "api_token", "roles": [], "session_id": None, "oauth_client": "JupyterHub"}
+        model |= {"created": hub_time(now), "last_activity": None}
+        model["expires_at"] = hub_time(now + timedelta(seconds=asked["expires_in"]))
         model["scopes"] = [f"read:users:name!user={name}", *asked["scopes"], f"read:users:groups!user={name}"]
         model["token"] = f"token-{model['id']}-of-{quote(name)}"
         self.tokens[model["id"]] = model
         return as_json(201, model)
+
+    def _revoke(self, name: str, token: str) -> Answer:
+        if name not in self.users:
+            return error(404, f"No such user: {name}")
+        return Answer(204) if self.tokens.pop(token, None) else error(404, f"No such token {token} for user {name}")
 
     def _server_says(self, request: Request) -> Answer:
         """What a server answers that is reached through the proxy."""
@@ -662,6 +680,8 @@ class ScriptedHub:
             self._bring_down(user, default)
         if default and default.pending == "stop":
             return error(400, f"{name}'s server is in the process of stopping, please wait.")
+        if user.active:  # the default server is starting, or a named one is not stopped
+            return error(500, "Internal Server Error")
         self.users.pop(name, None)
         return Answer(204)
 
