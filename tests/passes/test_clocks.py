@@ -130,7 +130,7 @@ def test_the_date_header_is_the_hubs_clock_in_any_zone(
     assert cull_scripted("--timeout=1h").outcomes == {"idle": "culled"}
 
 
-def test_a_server_idle_for_exactly_the_timeout_is_counted_as_idle_and_planned(
+def test_a_server_that_has_reached_the_timeout_is_counted_as_idle_and_planned(
     cull_scripted: Cull, scripted: ScriptedHub
 ) -> None:
     scripted.now = NOW

@@ -539,7 +539,10 @@ class Watch:
             looks = [then for look in before if (then := look.look_at(user))]
             wrongs = [what_is_wrong(server, then, at_first.get(user, NOBODY)) for then in looks]
             assert "" in wrongs, wrongs or "a DELETE without a look"
-            assert sum(look.look_at(user) is not None for look in seen[begin:number]) >= fewest_looks
+            looks_sent = [
+                look for look in seen[begin:number] if look.kind == "look" and look.request.segments[1] == user
+            ]
+            assert len(looks_sent) >= fewest_looks
             there = each.then.get(user, NOBODY).servers
             assert server is not None or not there, "deleted a user with a server"
             stopped = there.get(server or "") if server is not None else None

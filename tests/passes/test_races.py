@@ -160,7 +160,7 @@ def test_once_told_to_stop(
     calls, arbiter = tmp_path / "calls", tmp_path / "arbiter.py"
     arbiter.write_text(f"def decide(user): open({str(calls)!r}, 'a').write(user['name'])")
     given(scripted)
-    scripted.fault(*place, reply(tell_to_stop), times=None)
+    scripted.fault(*place, reply(tell_to_stop))  # once: a second signal would end this process
     result = cull_scripted("--timeout=1h", *options.format(arbiter=f"{arbiter}:decide").split())
     assert [re.sub("user[0-9]", "USER", line) for line in scripted.lines()[2:]] == requests
     assert not calls.exists()
