@@ -1,8 +1,11 @@
-"""Random users and servers, random faults, random options: what must hold after every pass.
+"""Random Hubs, options, faults and changes. An oracle that is independent of the program says what must come of a pass.
 
-Users come, go, are active again and are created anew, between passes and in the middle of them. Some Hubs are behind a
-proxy that decodes %2F, and an ingress may answer for the Hub with an error of its own. An oracle that is independent of
-the program says what may be stopped, from what the Hub knew at each request. By hand, at random and for longer:
+Users come, go, are active again and are created anew, between passes and in the middle of them. Requests fail, an
+ingress answers for the Hub, a proxy decodes %2F, clocks are ahead. Of a pass that nothing disturbs, all is compared:
+who is stopped, spared, warned and asked. Of others, each DELETE must be allowed by a look, and the exit code be right.
+
+The Hub's clock stands still in a pass, and no idle time or age is within minutes of a limit: a slow machine changes
+nothing. By hand, at random and for longer:
 
     EXAMPLES=2000 pytest tests/passes/test_model_based.py
 """
@@ -10,156 +13,215 @@ the program says what may be stopped, from what the Hub knew at each request. By
 from __future__ import annotations
 
 import contextlib
-import io
+import glob
 import json
 import os
 import re
+import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from fnmatch import fnmatchcase
 from itertools import takewhile
-from pathlib import Path
 from posixpath import normpath
-from typing import NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from hypothesis import HealthCheck, settings
+import pytest
+import scripted_hub as hub_of
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from scripted_hub import (
-    PREFIX,
-    Answer,
-    FakeServer,
-    FakeUser,
-    Reply,
-    Request,
-    ScriptedHub,
-    Time,
-    done_but_lost,
-    html,
-    normal,
-    reset,
-    respond,
-    truncated,
-)
-
-import cull_idle
+from runs import Cull
+from scripted_hub import ALL_SCOPES, PREFIX, Answer, FakeJupyter, FakeServer, FakeUser, Reply, Request, ScriptedHub
 
 BEGINNING = datetime(2026, 11, 22, 20, 0, 0, 700_000, tzinfo=UTC)  # a Date header cuts off the rest of the second
-HOUR = timedelta(hours=1)
-A_LITTLE = timedelta(minutes=1)  # no limit is reached to the second
+HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
+# Limits are whole hours. What is there before a pass was active whole hours and 20 minutes ago, and before each pass
+# whole hours and 7 minutes go by. So a limit, and the time of a warning, are 3 minutes off, or more.
+ODD_MINUTES, BETWEEN_PASSES, WARN_BEFORE = 20 * MINUTE, 7 * MINUTE, 50 * MINUTE
 MEANWHILE = timedelta(seconds=5)
+NEVER = datetime.max.replace(tzinfo=UTC)
+TRIES = 4  # of each request
+ODD = re.compile(r"[/\\?#%]")  # a proxy that decodes paths makes another path of a name with one of these
+SAFE = re.compile(r"[^/\\?#%]*[^/\\?#%.\0- ][^/\\?#%]*")  # the names of servers that lead nowhere else
 
-# Who lives on the Hub
+Key = tuple[str, str | None]  # a user's name, and a server's, or None for the user
+Thing = tuple[FakeUser, FakeServer | None]  # a server and its user, or a user
+Hours = int | None  # None is never
 
 
-def moment(time: Time) -> datetime:
+# What should happen
+
+
+class Rule(NamedTuple):
+    """An exception: pairs of what is matched and a glob, and what it sets."""
+
+    matches: tuple[tuple[str, str], ...]
+    setting: str
+    hours: Hours
+
+    def __str__(self) -> str:
+        setting = self.setting if self.setting == "keep" else f"{self.setting}={written(self.hours)}"
+        return shlex.join([*map("=".join, self.matches), setting])
+
+    def applies(self, user: FakeUser, server: FakeServer | None) -> bool:
+        facts = {"user": [user.name], "admin": [str(user.admin).lower()], "group": user.groups}
+        if server:
+            facts |= {"server": [server.name], "option.profile": [server.user_options.get("profile", "")]}
+        return all(any(fnmatchcase(fact, glob) for fact in facts.get(what, ())) for what, glob in self.matches)
+
+
+def written(hours: Hours) -> str:
+    return "never" if hours is None else f"{hours}h"
+
+
+class Plan(NamedTuple):
+    """What should become of a server or user."""
+
+    outcome: str  # empty: nothing is said of it
+    due_at: datetime
+    is_asked: bool
+
+
+class Options(NamedTuple):
+    """The options of a pass, and when something is due by them."""
+
+    timeout: Hours
+    max_age: Hours
+    cull_users: bool
+    cull_admin_users: bool
+    cull_default_servers: bool
+    cull_named_servers: bool
+    remove_named_servers: bool
+    idle_by: str
+    concurrency: int
+    api_page_size: int
+    warns: bool
+    rules: tuple[Rule, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        values = {**self._asdict(), "timeout": written(self.timeout), "max_age": written(self.max_age)}
+        more = ["--warn-before=50m"] * values.pop("warns") + [f"--rule={rule}" for rule in values.pop("rules")]
+        return [*(f"--{name.replace('_', '-')}={value}" for name, value in values.items()), *more]
+
+    def limits(self, user: FakeUser, server: FakeServer | None) -> tuple[Hours, Hours]:
+        """After how many hours without activity, and at what age, it is due. Of rules, only `keep` is for users."""
+        if server:
+            wanted = self.cull_named_servers if server.name else self.cull_default_servers
+            wanted = wanted and server.ready and not server.pending
+        else:
+            wanted = self.cull_users and (self.cull_admin_users or not user.admin) and not user.active
+        rule = next((rule for rule in self.rules if rule.applies(user, server)), None)
+        if not wanted or (rule and rule.setting == "keep"):
+            return None, None
+        timeout, max_age = self.timeout, self.max_age
+        if rule and server:
+            timeout, max_age = (rule.hours, max_age) if rule.setting == "timeout" else (timeout, rule.hours)
+        return timeout, max_age or None
+
+    def due_at(self, thing: Thing, now: datetime, idle_by: str = "") -> datetime:
+        """When it is due if nobody uses it any more. Who has an odd name cannot be asked."""
+        timeout, max_age = self.limits(*thing)
+        idle_by = "hub" if ODD.search(thing[0].name) else idle_by or self.idle_by
+        times = [] if timeout is None else [last_active(thing, idle_by, now) + timeout * HOUR]
+        return min([*times, *([born(thing) + max_age * HOUR] if max_age else [])], default=NEVER)
+
+    def is_asked(self, thing: Thing, now: datetime) -> bool:
+        """Whether what it says can change anything, now or for a warning."""
+        timeout, max_age = self.limits(*thing)
+        if not thing[1] or ODD.search(thing[0].name) or self.idle_by == "hub" or not timeout:
+            return False
+        if self.idle_by == "both" and self.due_at(thing, now, "hub") > now:
+            return False
+        later = [now + WARN_BEFORE] if self.warns and self.idle_by != "both" else []
+        ages = [then - born(thing) for then in (now, *later)]
+        return any(age >= timeout * HOUR and not (max_age and age >= max_age * HOUR) for age in ages)
+
+    def plan(self, thing: Thing, now: datetime) -> Plan:
+        """What becomes of it in a pass that nothing disturbs."""
+        server = thing[1]
+        by_scan = self.due_at(thing, now, "hub" if self.idle_by == "both" else "")
+        outcome = "warned" if server and self.warns and by_scan <= now + WARN_BEFORE else ""
+        if by_scan <= now:
+            outcome = "stopping" if server and not server.stops else "culled"
+            outcome = "spared" if self.due_at(thing, now) > now else outcome
+        return Plan(outcome, by_scan, self.is_asked(thing, now))
+
+
+def moment(time: hub_of.Time) -> datetime:
     assert isinstance(time, datetime)
     return time
 
 
-class Flags(NamedTuple):
-    """The options of a pass, and when something is due by them."""
+def born(thing: Thing) -> datetime:
+    return moment(thing[1].started if thing[1] else thing[0].created)
 
-    timeout: int | None  # hours, as max_age
-    max_age: int | None
-    cull_users: bool
-    admins: bool
-    default_servers: bool
-    named_servers: bool
-    remove: bool
-    concurrency: int
-    page_size: int
 
-    @property
-    def arguments(self) -> list[str]:
-        return [
-            f"--timeout={'never' if self.timeout is None else f'{self.timeout}h'}",
-            f"--max-age={'never' if self.max_age is None else f'{self.max_age}h'}",
-            f"--cull-users={self.cull_users}",
-            f"--cull-admin-users={self.admins}",
-            f"--cull-default-servers={self.default_servers}",
-            f"--cull-named-servers={self.named_servers}",
-            f"--remove-named-servers={self.remove}",
-            f"--concurrency={self.concurrency}",
-            f"--api-page-size={self.page_size}",
-        ]
+def last_active(thing: Thing, idle_by: str, now: datetime) -> datetime:
+    """Its last activity, by the word that counts. A server says of itself at most that it is idle since its start."""
+    user, server = thing
+    by_hub = moment((server or user).last_activity or born(thing))
+    if not server or idle_by == "hub":
+        return by_hub
+    found = [now if each["execution_state"] == "busy" else each["last_activity"] for each in server.says.kernels]
+    found += [each["last_activity"] for each in server.says.terminals]
+    found += [by_hub] if idle_by == "both" else []
+    found += [] if idle_by == "kernels" else [moment(server.says.last_activity)]
+    return max([born(thing), *found])
 
-    def server_is_due(self, server: FakeServer, now: datetime) -> bool:
-        wanted = self.named_servers if server.name else self.default_servers
-        up = server.ready and not server.pending
-        return wanted and up and self._reached(server.last_activity or server.started, server.started, now)
 
-    def user_is_due(self, user: FakeUser, now: datetime) -> bool:
-        """Whether a user without a server is."""
-        wanted = self.cull_users and (self.admins or not user.admin) and not user.active
-        return wanted and self._reached(user.last_activity or user.created, user.created, now)
-
-    def _reached(self, active: Time, born: Time, now: datetime) -> bool:
-        idle = self.timeout is not None and now - moment(active) >= self.timeout * HOUR
-        return idle or bool(self.max_age and now - moment(born) >= self.max_age * HOUR)
+# A Hub that notes what was so at each request
 
 
 class Then(NamedTuple):
-    """What was so when a request came."""
+    """What was so of a user when a request came."""
 
     user: FakeUser | None
     servers: Mapping[str, FakeServer]  # all but the stopped ones
-    due: frozenset[str]  # of the servers
-    user_due: bool
+    due: frozenset[str | None]  # of the servers, and None if the user is
 
 
-NOBODY = Then(None, {}, frozenset(), user_due=False)
+NOBODY = Then(None, {}, frozenset())
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as it arrived at the Hub, what was so then, and the answer."""
+    """A request as it arrived at the Hub, what was so of each user then, and the answer."""
 
     request: Request
-    then: Then
+    then: Mapping[str, Then]
     answer: Answer
-    everybody: Mapping[str, Then]  # where it is for a page of the user list
 
     @property
-    def is_look(self) -> bool:
-        return self.request.method == "GET" and self.request.segments[:-1] == ("users",)
+    def kind(self) -> str:
+        """What it is for: a page, a look, asking, or a DELETE."""
+        match self.request.method, *self.request.segments:
+            case "GET", "users":
+                return "page"
+            case "GET", "users", _:
+                return "look"
+            case ("DELETE", "users", _) | ("DELETE", "users", _, "server" | "servers", *_):
+                return "delete"
+            case (_, "user", _, *_) | (_, "users", _, "tokens", *_):
+                return "ask"
+        return ""
 
     @property
-    def is_page(self) -> bool:
-        return self.request.segments == ("users",)
-
-    @property
-    def stopped(self) -> FakeServer | None:
-        """The server that this request is to stop, if there is one."""
-        return self.then.servers.get(self.server) if self.is_stop else None
-
-    @property
-    def is_stop(self) -> bool:
-        return self.request.method == "DELETE" and len(self.request.segments) > 2
-
-    @property
-    def is_user_delete(self) -> bool:
-        return self.request.method == "DELETE" and len(self.request.segments) == 2
-
-    @property
-    def user(self) -> str:
-        return self.request.segments[1]
-
-    @property
-    def server(self) -> str:
-        """The name of the server, empty for the default one."""
-        return "".join(self.request.segments[3:])
+    def key(self) -> Key:
+        """Of a DELETE."""
+        _, user, *rest = self.request.segments
+        return user, "".join(rest[1:]) if rest else None
 
     @property
     def arrived(self) -> bool:
         return self.answer.raw is None
 
     @property
-    def content(self) -> Mapping[str, object]:
+    def content(self) -> Mapping[str, Any]:
         """The JSON object that came back; empty where none did."""
         if self.arrived and self.answer.status == 200:
             with contextlib.suppress(ValueError):
@@ -169,31 +231,15 @@ class Seen:
     @property
     def fine(self) -> bool:
         """Whether there was no fault."""
-        if self.request.method == "DELETE":
-            return self.arrived and (self.answer.status in (202, 204) or self.hub_says(400, 404))
-        return bool(self.content) or self.hub_says(404)
-
-    def hub_says(self, *statuses: int) -> bool:
-        """Whether it is an error of the Hub's own with one of these statuses; an ingress answers in HTML."""
-        return self.arrived and self.answer.status in statuses and self.answer.body.startswith(b'{"status"')
+        own = self.answer.body.startswith(b'{"status"') and self.answer.status in (400, 404)
+        done = self.request.method == "DELETE" and self.answer.status in (202, 204)
+        return self.arrived and (self.kind == "ask" or own or done or bool(self.content))
 
     def look_at(self, user: str) -> Then | None:
-        """What it showed of a user; None if nothing."""
-        if self.is_look and self.user == user and self.fine:
-            return self.then
-        items = self.content.get("items") if self.is_page else None
-        names = [item["name"] for item in items] if isinstance(items, list) else []
-        return self.everybody[user] if user in names else None
-
-    @property
-    def passes_by(self) -> bool:
-        """Whether another try may help."""
-        return not self.arrived or self.answer.status in (502, 503)
-
-    @property
-    def last_page(self) -> bool:
-        page = self.content.get("_pagination")
-        return isinstance(page, dict) and page["next"] is None
+        """What it showed of a user; None if nothing. A page is a look, where an ingress answers the others."""
+        shown = [item["name"] for item in self.content.get("items", ())] if self.kind == "page" else []
+        is_look = self.kind == "look" and self.request.segments[1] == user and self.fine
+        return self.then.get(user, NOBODY) if is_look or user in shown else None
 
 
 def decoded(request: Request) -> Request:
@@ -204,14 +250,99 @@ def decoded(request: Request) -> Request:
     return replace(request, target=path + mark + query, segments=segments)
 
 
-Change = Callable[["WatchedHub", str, str], object]
+class WatchedHub(ScriptedHub):
+    """A Hub whose clock stands still, which notes all requests, and on which something changes at some looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scopes = [*ALL_SCOPES, "tokens"]
+        self.now = BEGINNING
+        self.seen: list[Seen] = []
+        self.options: Options | None = None
+        self.surprises: Iterable[Surprise] = ()
+        self.proxy_decodes = False
+        self.another_node_is_ahead = False  # the one that answers all but the first request of a pass
+        self._one_by_one = threading.Lock()
+
+    def disturb(self, troubles: Iterable[Trouble], surprises: Iterable[Surprise]) -> None:
+        """From now on, there are these faults and changes, and no others."""
+        self._faults.clear()
+        self.surprises = surprises
+        for (method, pattern), fault, after, times in troubles:
+            self.fault(method, pattern, *[hub_of.normal()] * after, *[fault] * times)
+
+    def answer(self, request: Request) -> Answer:
+        if self.proxy_decodes:
+            request = decoded(request)
+        with self._one_by_one:
+            if Seen(request, {}, Answer()).kind == "look":
+                self._surprise(request.segments[1])
+            then = {name: self.what_is_so(name) for name in self.users}
+            answer = super().answer(request)
+            if self.another_node_is_ahead and request.segments[0] == "users":
+                date = format_datetime(self.now + 5 * HOUR, usegmt=True)
+                answer = replace(answer, headers={**answer.headers, "Date": date})
+            self.seen.append(Seen(request, then, answer))
+            return answer
+
+    def things(self, name: str) -> dict[str | None, Thing]:
+        """A user, and their servers that are not stopped."""
+        user = self.users[name]
+        return {None: (user, None), **{name: (user, each) for name, each in user.servers.items() if each.active}}
+
+    def what_is_so(self, name: str) -> Then:
+        assert self.options
+        things = self.things(name)
+        due = frozenset(key for key, thing in things.items() if self.options.due_at(thing, self.now) <= self.now)
+        return Then(
+            self.users[name], {key: server for key, (_, server) in things.items() if key is not None and server}, due
+        )
+
+    def _surprise(self, user: str) -> None:
+        nth = sum(each.kind == "look" for each in self.seen)
+        for change, server, look in self.surprises:
+            if look == nth:
+                self.now += MEANWHILE
+                self.change(change, user, server)
+
+    def change(self, change: Change, name: str, server: str) -> None:
+        if user := self.users.get(name):
+            change(self, user, user.servers.get(server) or FakeServer(server, ready=False))
+
+    def is_told_of_starts(self) -> None:
+        """A server that has just started is not idle for longer than it is up, once nothing is on its way any more."""
+        for server in (server for user in self.users.values() for server in user.servers.values()):
+            server.last_activity = max(moment(server.last_activity or server.started), moment(server.started))
+
+    def ago(self, hours: int) -> datetime:
+        return self.now - hours * HOUR - ODD_MINUTES
+
+    def user_is_there(self, name: str, idle: int, *, admin: bool = False, groups: Iterable[str] = ()) -> FakeUser:
+        seen = self.ago(idle)
+        return self.users.setdefault(name, FakeUser(name, admin, seen - HOUR, seen, list(groups)))
+
+    def server_is_up(self, name: str, server: str, its: Mapping[str, Any]) -> None:
+        """A new server; it may have started, and its user been created, long ago."""
+        user, seen = self.user_is_there(name, its["idle"]), self.ago(its["idle"])
+        kernels = [{"execution_state": state, "last_activity": self.ago(idle)} for state, idle in its["kernels"]]
+        says = FakeJupyter(
+            self.ago(its["says"]), kernels, [{"last_activity": self.ago(idle)} for idle in its["terminals"]]
+        )
+        started, options = seen - its["older"] * HOUR - 6 * MINUTE, its["user_options"]
+        user.servers[server] = FakeServer(server, seen, started, says=says, stops=its["stops"], user_options=options)
+        user.last_activity = max(moment(user.last_activity), seen)
+
+
+# What happens on it
+
+
+Change = Callable[[WatchedHub, FakeUser, FakeServer], object]
 
 
 class Surprise(NamedTuple):
-    """What happens to a user and a server in the middle of a pass, when the user is looked at for the nth time."""
+    """What happens to a user and a server in the middle of a pass: at its nth look, to who is looked at."""
 
     change: Change
-    user: str
     server: str
     look: int
 
@@ -225,445 +356,280 @@ class Trouble(NamedTuple):
     times: int
 
 
-class WatchedHub(ScriptedHub):
-    """A Hub that records what was so at each request, and changes at some looks. Its clock stands still."""
+def user_logs_in_and_uses_no_server(hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    user.last_activity = hub.now
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = BEGINNING
-        self.seen: list[Seen] = []
-        self.flags: Flags | None = None
-        self.surprises: list[Surprise] = []
-        self.behind_a_proxy_that_decodes = False
-        self.options: dict[str, object] = {}  # of all servers
-        self._one_by_one = threading.Lock()
 
-    def later(self, time: timedelta) -> None:
-        self.now = self.now + time
+def user_is_active_again(hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    hub.touch(user.name)
 
-    def fail(self, troubles: list[Trouble]) -> None:
-        for (method, pattern), fault, after, times in troubles:
-            self.fault(method, pattern, *[normal()] * after, *[fault] * times)
 
-    def heal(self) -> None:
-        """No more faults and surprises."""
-        self._faults.clear()
-        self.surprises = []
+def user_is_promoted(_hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    user.admin = True
 
-    def answer(self, request: Request) -> Answer:
-        if self.behind_a_proxy_that_decodes:
-            request = decoded(request)
-        with self._one_by_one:
-            if request.method == "GET" and len(request.segments) == 2:
-                self._surprise(request.segments[1])
-            then = self.what_is_so(request.segments[1]) if len(request.segments) > 1 else NOBODY
-            everybody = {name: self.what_is_so(name) for name in self.users} if request.segments == ("users",) else {}
-            answer = super().answer(request)
-            self.seen.append(Seen(request, then, answer, everybody))
-            return answer
 
-    def what_is_so(self, name: str) -> Then:
-        user = self.users.get(name)
-        if user is None or self.flags is None:
-            return NOBODY
-        servers = {name: server for name, server in user.servers.items() if server.active}
-        due = frozenset(name for name, server in servers.items() if self.flags.server_is_due(server, self.now))
-        return Then(user, servers, due, self.flags.user_is_due(user, self.now))
+def user_goes(hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    hub.users.pop(user.name)
 
-    def _surprise(self, user: str) -> None:
-        nth = sum(each.is_look and each.user == user for each in self.seen)
-        for surprise in self.surprises:
-            if (surprise.user, surprise.look) == (user, nth):
-                self.later(MEANWHILE)
-                surprise.change(self, user, surprise.server)
 
-    # What happens on it
+def user_is_made_anew_and_seems_to_be_idle(hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    hub.users[user.name] = FakeUser(user.name, False, hub.now, user.last_activity)
 
-    def person_comes(self, name: str, *, idle: timedelta = timedelta(0), admin: bool = False) -> FakeUser:
-        """A user who is there from now on, if not before."""
-        seen = self.now - idle
-        person = self.users.get(name) or FakeUser(name, admin, seen - HOUR, seen)
-        self.users[name] = person
-        return person
 
-    def server_starts(
-        self, user: str, server: str, *, idle: timedelta = timedelta(0), age: timedelta = timedelta(0)
-    ) -> FakeServer:
-        """A server that is up from now on, a new one; it may have started, and its user be created, long ago."""
-        person = self.person_comes(user, idle=idle)
-        seen, started = self.now - idle, self.now - idle - age
-        made = person.servers[server] = FakeServer(server, seen, started, user_options=self.options)
-        person.last_activity = max(moment(person.last_activity), seen)
-        return made
+def server_computes_and_the_hub_does_not_know(_hub: WatchedHub, _user: FakeUser, server: FakeServer) -> None:
+    server.says.kernels = [{"execution_state": "busy", "last_activity": BEGINNING}]
 
-    def active_again(self, user: str, _server: str) -> None:
-        if user in self.users:
-            self.touch(user)
 
-    def logs_in(self, user: str, _server: str) -> None:
-        """The user is active, but none of the servers."""
-        if person := self.users.get(user):
-            person.last_activity = self.now
+def server_restarts_and_seems_to_be_idle(hub: WatchedHub, user: FakeUser, server: FakeServer) -> None:
+    if server.active:
+        user.servers[server.name] = replace(server, started=hub.now, says=FakeJupyter(hub.now))
 
-    def restarts(self, user: str, server: str) -> None:
-        """A new server with the activity of the old one, which was not told to the Hub yet."""
-        if (person := self.users.get(user)) and (old := person.servers.get(server)):
-            person.servers[server] = FakeServer(server, old.last_activity, self.now)
 
-    def is_started_by_an_admin(self, user: str, server: str) -> None:
-        """A new server, for which the user did nothing."""
-        if person := self.users.get(user):
-            person.servers[server] = FakeServer(server, None, self.now)
+def server_is_started_by_an_admin(hub: WatchedHub, user: FakeUser, server: FakeServer) -> None:
+    user.servers[server.name] = FakeServer(server.name, None, hub.now, says=FakeJupyter(hub.now))
 
-    def stops_by_itself(self, user: str, server: str) -> None:
-        if person := self.users.get(user):
-            person.servers.pop(server, None)
 
-    def begins(self, user: str, server: str, pending: str) -> None:
-        if (person := self.users.get(user)) and (old := person.servers.get(server)) and old.active:
-            old.pending, old.ready = pending, False
+def server_stops_by_itself(_hub: WatchedHub, user: FakeUser, server: FakeServer) -> None:
+    user.servers.pop(server.name, None)
 
-    def ends(self, user: str, _server: str) -> None:
-        """Whatever was pending is over."""
-        for server in (self.users[user].servers if user in self.users else {}).values():
-            server.ready = server.ready or server.pending == "spawn"
-            server.pending = None
 
-    def promoted(self, user: str, _server: str) -> None:
-        if person := self.users.get(user):
-            person.admin = True
+def server_begins_to_spawn(_hub: WatchedHub, _user: FakeUser, server: FakeServer) -> None:
+    server.pending, server.ready = "spawn" if server.active else None, False
 
-    def goes(self, user: str, _server: str) -> None:
-        self.users.pop(user, None)
 
-    def made_anew(self, user: str, _server: str) -> None:
-        """Another user of the same name, who seems to be idle: the Hub copied it."""
-        if old := self.users.pop(user, None):
-            self.users[user] = FakeUser(user, False, self.now, old.last_activity)
+def server_begins_to_stop(_hub: WatchedHub, _user: FakeUser, server: FakeServer) -> None:
+    server.pending, server.ready = "stop" if server.active else None, False
+
+
+def all_that_is_pending_ends(_hub: WatchedHub, user: FakeUser, _server: FakeServer) -> None:
+    for server in user.servers.values():
+        server.ready, server.pending = server.ready or server.pending == "spawn", None
+
+
+# What is drawn
 
 
 CHANGES: list[Change] = [
-    WatchedHub.logs_in,
-    WatchedHub.logs_in,
-    WatchedHub.logs_in,
-    WatchedHub.active_again,
-    WatchedHub.active_again,
-    WatchedHub.restarts,
-    WatchedHub.restarts,
-    WatchedHub.is_started_by_an_admin,
-    WatchedHub.is_started_by_an_admin,
-    WatchedHub.stops_by_itself,
-    lambda hub, user, server: hub.begins(user, server, "spawn"),
-    lambda hub, user, server: hub.begins(user, server, "stop"),
-    WatchedHub.ends,
-    WatchedHub.promoted,
-    WatchedHub.goes,
-    WatchedHub.made_anew,
-    WatchedHub.made_anew,
+    *[user_logs_in_and_uses_no_server] * 3,
+    *[user_is_active_again, user_is_made_anew_and_seems_to_be_idle] * 2,
+    *[server_restarts_and_seems_to_be_idle, server_is_started_by_an_admin] * 2,
+    *[user_goes, server_stops_by_itself, server_begins_to_spawn, server_begins_to_stop, all_that_is_pending_ends],
 ]
+# A look after a decision that took long sees activity by the Hub's word, and no change of these.
+SUBTLE_CHANGES: list[Change] = [user_is_promoted, server_computes_and_the_hub_does_not_know]
 PAGES, LOOKS = ("GET", r"/users(\?.*)?"), ("GET", r"/users/[^/]+")
 STOPS, USER_DELETES = ("DELETE", r"/users/[^/]+/server.*"), ("DELETE", r"/users/[^/]+")
-PLACES = [PAGES, PAGES, LOOKS, LOOKS, LOOKS, STOPS, STOPS, USER_DELETES]
-FAULTS: list[Reply] = [respond(500), respond(503), reset(), done_but_lost(), truncated(), html()]
-FAULTS += [html(status, f"<html><h1>{status} from the ingress</h1></html>") for status in (400, 404, 404, 405, 502)]
+PLACES = [("GET", "/user"), *[PAGES] * 2, *[LOOKS] * 3, *[STOPS] * 2, USER_DELETES]
+FAULTS: list[Reply] = [hub_of.respond(500), hub_of.respond(503), hub_of.reset(), hub_of.done_but_lost()]
+FAULTS += [hub_of.truncated(), hub_of.html()]
+FAULTS += [hub_of.html(status, f"<h1>{status} from the ingress</h1>") for status in (400, 404, 404, 405, 502)]
+TROUBLES = st.builds(Trouble, st.sampled_from(PLACES), st.sampled_from(FAULTS), st.integers(0, 3), st.integers(1, 5))
 
-
-USERS = SERVERS = st.integers(0, 2)  # by number: what is drawn must not depend on the order in which threads run
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6) | st.sampled_from(
-    ["ann", "ann?x", "ann/server", "a%2fb", "..", "ünï", "bob\n#1", "\N{WATER WAVE} \u202e"]
-)
+PLAIN_NAMES = st.permutations(["ann", "bob", "ann?x"]).map(lambda users: [*users, "gpu", "b-2"])
 # Three users and two servers, of whom some mean another one once they are decoded.
 NAMES_TO_DECODE = st.permutations(["ann", "ann/server", "bob", "../bob", "bob/servers/gpu"]).map(
     lambda names: [*names[:3], "gpu", "../../bob/server"]
 )
-
-
-class ToBe(NamedTuple):
-    """A server to be: whose, which, idle for so many hours, older by so many, not down while the Hub waits."""
-
-    user: int
-    server: int
-    idle: int
-    older: int
-    slow: bool
-
-
-SERVERS_TO_BE = st.lists(
-    st.builds(
-        ToBe,
-        USERS,
-        SERVERS,
-        idle=st.sampled_from([2, 2, 3, 1, 0]),
-        older=st.sampled_from([0, 1, 4]),
-        slow=st.sampled_from([False] * 7 + [True]),
-    ),
-    min_size=1,
-    max_size=6,
+ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6) | st.sampled_from(
+    ["ann", "ann?x", "ann/server", "a%2fb", "..", "ünï", "bob\n#1", "\N{WATER WAVE} \u202e"]
 )
-FLAGS = st.builds(
-    Flags,
-    timeout=st.sampled_from([1, 1, 1, 1, 1, 1, 0, None]),
-    max_age=st.sampled_from([None, None, 5]),
-    cull_users=st.sampled_from([True, True, False]),
-    admins=st.sampled_from([True, True, True, False]),
-    default_servers=st.sampled_from([True] * 7 + [False]),
-    named_servers=st.sampled_from([True] * 7 + [False]),
-    remove=st.booleans(),
-    concurrency=st.integers(1, 4),
-    page_size=st.integers(1, 3),
+ANY_NAMES = st.lists(ANY_NAME, min_size=5, max_size=5, unique=True)
+
+FEW = st.integers(0, 2)
+MANY: dict[str, object] = {"many": [{}] * 3000}  # parsing them takes a while, in which another thread goes on
+MOSTLY = st.sampled_from([True] * 5 + [False])
+SERVERS = st.fixed_dictionaries(
+    {
+        "idle": st.sampled_from([2, 2, 3, 1, 0]),  # hours
+        "older": st.sampled_from([0, 1, 4]),
+        "stops": MOSTLY,  # while the Hub waits
+        "says": st.sampled_from([2, 3, 1, 0]),
+        "kernels": st.lists(st.tuples(st.sampled_from(["idle", "idle", "busy"]), FEW), max_size=2),
+        "terminals": st.lists(FEW, max_size=1),
+        "user_options": st.sampled_from([{}, {"profile": "large"}, MANY]),
+    }
 )
-ALL = Flags(
-    timeout=1,
-    max_age=None,
-    cull_users=True,
-    admins=True,
-    default_servers=True,
-    named_servers=True,
-    remove=False,
-    concurrency=1,
-    page_size=1,
-)
-TROUBLES = st.lists(
-    st.builds(Trouble, st.sampled_from(PLACES), st.sampled_from(FAULTS), st.integers(0, 3), st.integers(1, 5)),
-    min_size=1,
-    max_size=3,
-)
-SURPRISES = st.lists(st.tuples(st.sampled_from(CHANGES), USERS, SERVERS, st.integers(0, 2)), max_size=4)
+
+
+def options_of(names: list[str], idle_by: list[str]) -> st.SearchStrategy[Options]:
+    """Mostly such that most things are due."""
+    matches = [("user", glob.escape(name)) for name in names[:3]] + [
+        ("server", glob.escape(name)) for name in names[3:]
+    ]
+    matches += [("user", "*"), ("server", ""), ("server", "?*"), ("group", "gpu"), ("group", "st*")]
+    matches += [("admin", "true"), ("admin", "false"), ("option.profile", "large")]
+    some = st.lists(st.sampled_from(matches), min_size=1, max_size=2).map(tuple)
+    rules = st.builds(Rule, some, st.sampled_from(["keep", "timeout", "max-age"]), st.sampled_from([1, 2, 3, 4, None]))
+    return st.builds(
+        Options,
+        *[st.sampled_from([1, 1, 1, 2, 2, 0, None]), st.sampled_from([None, None, 0, 5])],
+        *[MOSTLY] * 4,
+        remove_named_servers=st.booleans(),
+        idle_by=st.sampled_from(idle_by),
+        concurrency=st.sampled_from([1, 1, 2, 4]),
+        api_page_size=st.integers(1, 3),
+        warns=st.booleans(),
+        rules=st.lists(rules, max_size=2).map(tuple),
+    )
 
 
 # What must hold
 
 
-def check_order(seen: list[Seen], at_first: Mapping[str, Then], one_by_one: bool) -> None:
-    """Each server and user was due, and still the same one, at a look since the last try to delete it.
+class Watch:
+    """Passes over one Hub, and what must hold after each."""
 
-    A page of the user list is a look, too, for where an ingress answers the others. If requests are sent one by one,
-    the look is the request right before the DELETE.
-    """
-    last_try: dict[tuple[str, str | None], int] = {}
-    for number, each in enumerate(seen):
-        if not each.is_stop and not each.is_user_delete:
-            continue
-        key = (each.user, each.server if each.is_stop else None)
-        begin = last_try.get(key, -1) + 1
-        last_try[key] = number
-        before = seen[max(begin, number - 1) if one_by_one else begin : number]
-        looks = [then for look in before if (then := look.look_at(each.user))]
-        assert looks, "a DELETE without a look"
-        wrongs = [what_is_wrong(each, then, at_first.get(each.user, NOBODY)) for then in looks]
-        assert "" in wrongs, wrongs
-        if each.is_user_delete:
-            assert not each.then.servers, "deleted a user with a server"
-
-
-def what_is_wrong(delete: Seen, at_look: Then, at_first: Then) -> str:
-    """Why the look does not allow the DELETE; empty if it does."""
-    if at_look.user is None:
-        return "deleted a user or server that did not exist"
-    if delete.is_stop:
-        if delete.server not in at_look.due:
-            return "stopped a server that was not due"
-        if at_look.servers[delete.server] is not at_first.servers.get(delete.server):
-            return "stopped another server of that name"
-        return ""
-    if not (at_first.user_due and at_look.user_due):
-        return "deleted a user who was not due, perhaps one with a server"
-    return "" if at_look.user is at_first.user else "deleted another user of that name"
-
-
-class Life(RuleBasedStateMachine):
-    """A Hub, and passes over it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cleanup = contextlib.ExitStack()
-        self.hub = self.cleanup.enter_context(WatchedHub())
-        self.cleanup.enter_context(mock.patch.object(cull_idle, "PAUSES", (0.0, 0.0, 0.0)))
-        self.cleanup.enter_context(mock.patch.dict(os.environ, {"JUPYTERHUB_API_TOKEN": self.hub.token}))
+    def __init__(self, hub: WatchedHub, cull: Cull) -> None:
+        self.hub = hub
+        self.cull = cull
         self.stopped: list[FakeServer] = []
-        self.users: list[str] = []
-        self.servers: list[str] = []
 
-    def teardown(self) -> None:
-        self.cleanup.close()
-
-    @initialize(
-        names=st.lists(NAMES, min_size=5, max_size=5, unique=True) | NAMES_TO_DECODE,
-        proxy=st.booleans(),
-        options=st.sampled_from([{}, {}, {"many": [{}] * 3000}]),
-    )
-    def a_hub_is_set_up(self, names: list[str], proxy: bool, options: dict[str, object]) -> None:
-        self.users, self.servers = names[:3], ["", *names[3:]]
-        self.hub.behind_a_proxy_that_decodes = proxy
-        self.hub.options = options  # parsing many takes a while, in which another thread may go on
-
-    def is_lost(self, user: str, server: str = "") -> bool:
+    def may_fail(self, key: Key) -> bool:
         """Whether it may be impossible to cull under this name: a path with it could lead elsewhere."""
-        decoded = self.hub.behind_a_proxy_that_decodes and "/" in user
-        return decoded or not re.fullmatch(r"|\.*[^./\\?#%][^/\\?#%]*", server)
+        user, server = key
+        is_lost = ODD.search(user) and (self.hub.proxy_decodes or user not in self.hub.users)
+        return bool(is_lost or (server and not SAFE.fullmatch(server)))
 
-    # What happens on the Hub
-
-    @rule(user=USERS, hours=st.integers(0, 6), admin=st.booleans())
-    def a_user_comes(self, user: int, hours: int, admin: bool) -> None:
-        self.hub.person_comes(self.users[user], idle=hours * HOUR + A_LITTLE, admin=admin)
-
-    def servers_are_there(self, there: list[ToBe]) -> None:
-        for user, server, hours, older, slow in there:
-            idle = hours * HOUR + A_LITTLE * bool(hours)
-            made = self.hub.server_starts(self.users[user], self.servers[server], idle=idle, age=older * HOUR)
-            made.stops = not slow
-
-    @rule(user=USERS, server=SERVERS, change=st.sampled_from(CHANGES))
-    def something_changes(self, user: int, server: int, change: Change) -> None:
-        change(self.hub, self.users[user], self.servers[server])
-
-    @rule(hours=st.integers(1, 3))
-    def time_passes(self, hours: int) -> None:
-        self.hub.later(hours * HOUR + A_LITTLE)
-
-    # What the program does about it
-
-    @rule(there=SERVERS_TO_BE, flags=FLAGS, troubles=TROUBLES, surprises=SURPRISES)
-    def a_pass_is_made(
-        self, there: list[ToBe], flags: Flags, troubles: list[Trouble], surprises: list[tuple[Change, int, int, int]]
-    ) -> None:
-        self.servers_are_there(there)
-        self.hub.fail(troubles)
-        self.hub.surprises = [
-            Surprise(change, self.users[user], self.servers[server], look) for change, user, server, look in surprises
-        ]
-        self.make_pass(flags)
-
-    @rule(
-        user=USERS,
-        servers=st.sampled_from([2, 1, 2, 0]),
-        change=st.sampled_from(CHANGES),
-        changed=SERVERS,
-        look=st.sampled_from([1, 0, 2]),
-        trouble=st.sampled_from([None, Trouble(STOPS, respond(503), 0, 1), Trouble(PAGES, respond(500), 1, 1)]),
-        concurrency=st.integers(1, 2),
-    )
-    def all_of_a_user_would_go_but_for_one_change(
-        self,
-        user: int,
-        servers: int,
-        change: Change,
-        changed: int,
-        look: int,
-        trouble: Trouble | None,
-        concurrency: int,
-    ) -> None:
-        """The stop of a server may be tried again, after a change that a first look could not see."""
-        name = self.users[user]
-        self.hub.goes(name, "")
-        person = self.hub.person_comes(name, idle=2 * HOUR)
-        for server in self.servers[:servers]:
-            self.hub.server_starts(name, server, idle=2 * HOUR)
-        self.hub.person_comes(self.users[user - 1])
-        self.hub.users = {name: person, **self.hub.users}
-        self.hub.fail([trouble] if trouble else [])
-        self.hub.surprises = [Surprise(change, name, self.servers[changed], look)]
-        self.make_pass(ALL._replace(concurrency=concurrency))
-
-    @rule(there=SERVERS_TO_BE, flags=FLAGS)
-    def all_that_is_due_goes(self, there: list[ToBe], flags: Flags) -> None:
-        """Without faults, two passes do all."""
-        self.servers_are_there(there)
-        hub, hub.flags = self.hub, flags
+    def make_pass(self, options: Options, *, is_disturbed: bool, decision_is_old: bool = False) -> None:
+        hub, hub.options, hub.seen = self.hub, options, []
+        hub.is_told_of_starts()
         at_first = {name: hub.what_is_so(name) for name in hub.users}
-        exit_codes = [self.make_pass(flags), self.make_pass(flags)]
-        for name, was in at_first.items():
-            assert all(self.is_lost(name, server) or not was.servers[server].ready for server in was.due)
-            assert not was.user_due or self.is_lost(name) or hub.users.get(name) is not was.user
-        assert self.some_are_lost(at_first) or exit_codes == [0, 0]
+        things = {(name, key): thing for name in hub.users for key, thing in hub.things(name).items()}
+        plans = {key: options.plan(thing, hub.now) for key, thing in things.items()}
+        threads = threading.active_count()
+        arguments = ["--once", "--json", "--request-timeout=1h", "--url", hub.url, *options.arguments]
+        result = self.cull(*arguments, token=hub.token)
+        wait_until(lambda: not hub.connections_open and threading.active_count() <= threads)
+        assert not hub.tokens, "left a token"
 
-    def some_are_lost(self, at_first: Mapping[str, Then]) -> bool:
-        """Whether the name of anything due may be lost."""
-        servers = any(self.is_lost(user, server) for user, was in at_first.items() for server in was.due)
-        return servers or any(self.is_lost(user) for user, was in at_first.items() if was.user_due)
+        *events, total = map(json.loads, result.out.splitlines())
+        outcomes: dict[Key, str] = {(each["user"], each["server"]): each["outcome"] for each in events}
+        assert len(outcomes) == len(events), "said two things of one"
+        self.check_deletes(at_first, 2 if decision_is_old else 1, one_by_one=options.concurrency == 1)
+        complete = self.check_exit_code(result.exit_code, outcomes)
+        warned = {(each["user"], each["server"]): each["due"] for each in events if each["outcome"] == "warned"}
+        assert all(plans[key].outcome == "warned" for key in warned)
+        assert all(abs(datetime.fromisoformat(due) - plans[key].due_at) < MINUTE for key, due in warned.items())
+        assert not complete or len(warned) == sum(plan.outcome == "warned" for plan in plans.values())
+        if not is_disturbed:
+            expected = {key: plan.outcome for key, plan in plans.items() if plan.outcome}
+            expected |= {key: "failed" for key in expected if self.may_fail(key) and outcomes.get(key) == "failed"}
+            assert outcomes == expected
+            assert total["planned"] == len(expected) - len(warned)
+            asked = {(name, "".join(rest[:-2])) for name, *rest in self.asks()}
+            assert asked == {key for key, plan in plans.items() if plan.is_asked}
 
-    def make_pass(self, flags: Flags) -> int:
-        hub = self.hub
-        hub.seen, hub.flags = [], flags
-        at_first = {name: hub.what_is_so(name) for name in hub.users}
-        before = open_things()
-        arguments = ["--once", "--url", hub.url, *flags.arguments]
-        with contextlib.redirect_stderr(io.StringIO()) as output:
-            exit_code = cull_idle.main(arguments)
-        assert_nothing_is_left_over(before)
-        hub.heal()
-        err = output.getvalue()
-        assert "Traceback" not in err
-        assert hub.token not in err
-        check_order(hub.seen, at_first, one_by_one=flags.concurrency == 1)
-        self.check_stops()
-        self.check_exit_code(exit_code, err, at_first)
-        return exit_code
+    def asks(self) -> list[tuple[str, ...]]:
+        """Who was asked what: `ann, gpu, api, kernels`."""
+        return [each.request.segments[1:] for each in self.hub.seen if each.request.target.startswith("/user/")]
 
-    def check_stops(self) -> None:
-        """Nothing is stopped twice, and no user deleted unless the whole list was read."""
-        for each in self.hub.seen:
-            assert all(each.stopped is not server for server in self.stopped)
-            if each.stopped and each.arrived and each.answer.status == 204:
-                self.stopped.append(each.stopped)
-        assert self.list_is_complete or not any(each.is_user_delete for each in self.hub.seen)
+    def check_deletes(self, at_first: Mapping[str, Then], fewest_looks: int, *, one_by_one: bool) -> None:
+        """Each server and user was due, and still the same one, at a look since the last try to delete it.
 
-    @property
-    def pages(self) -> list[Seen]:
-        """Those of the scan."""
-        scan = takewhile(lambda each: not each.is_look and each.request.method == "GET", self.hub.seen)
-        return [each for each in scan if each.is_page]
-
-    @property
-    def list_is_complete(self) -> bool:
-        return self.pages[-1].last_page
-
-    def check_exit_code(self, exit_code: int, err: str, at_first: Mapping[str, Then]) -> None:
-        """The exit code says what happened."""
-        failed = [line for line in err.splitlines() if " ERROR    failed " in line]
-        read = any(page.content.get("items") for page in self.pages)
-        assert exit_code == (bool(failed) if self.list_is_complete else 1 if read else 3)
-        faults = [each for each in self.hub.seen if not each.fine]
-        if all(each.passes_by for each in faults) and len(faults) <= len(cull_idle.PAUSES):
-            assert exit_code == 0 or self.some_are_lost(at_first)
-        if exit_code == 0:
-            assert self.still_due(at_first) == []
-
-    def still_due(self, at_first: Mapping[str, Then]) -> list[tuple[str, str]]:
-        """The servers that were due when the pass began, and still are."""
-        found = []
-        for user, was in at_first.items():
-            now = self.hub.what_is_so(user)
-            found += [
-                (user, name)
-                for name in was.due & now.due
-                if was.servers[name] is now.servers[name] and not self.is_lost(user, name)
+        If requests are sent one by one, the look is the request right before the DELETE, but for those that ask.
+        """
+        last_try: dict[Key, int] = {}
+        seen = [each for each in self.hub.seen if each.kind != "ask"]
+        for number, each in enumerate(seen):
+            if each.kind != "delete":
+                continue
+            (user, server), begin = each.key, last_try.get(each.key, -1) + 1
+            last_try[each.key] = number
+            before = seen[max(begin, number - 1) if one_by_one else begin : number]
+            looks = [then for look in before if (then := look.look_at(user))]
+            wrongs = [what_is_wrong(server, then, at_first.get(user, NOBODY)) for then in looks]
+            assert "" in wrongs, wrongs or "a DELETE without a look"
+            looks_sent = [
+                look for look in seen[begin:number] if look.kind == "look" and look.request.segments[1] == user
             ]
-        return found
+            assert len(looks_sent) >= fewest_looks
+            there = each.then.get(user, NOBODY).servers
+            assert server is not None or not there, "deleted a user with a server"
+            stopped = there.get(server or "") if server is not None else None
+            assert all(stopped is not known for known in self.stopped), "stopped a server twice"
+            if stopped and each.arrived and each.answer.status == 204:
+                self.stopped.append(stopped)
+
+    def check_exit_code(self, exit_code: int, outcomes: Mapping[Key, str]) -> bool:
+        """The exit code says what happened. Returns whether the whole list was read: else, no user is deleted."""
+        seen = self.hub.seen
+        scan = takewhile(lambda each: each.kind not in ("look", "delete"), seen)
+        pages = [each.content for each in scan if each.kind == "page"]  # none if the first request of the pass fails
+        last = pages[-1].get("_pagination", {}) if pages else {}
+        complete = last.get("next", "unknown") is None
+        was_read = complete or any(page.get("items") for page in pages)
+        asks = [each for each in seen if each.request.target.startswith("/user/")]
+        last_answers = {each.request.segments[:-2]: each.answer.status for each in asks}  # of each server
+        lost = set(last_answers.values()) == {302}
+        failed = "failed" in outcomes.values()
+        assert exit_code == (3 if lost or not was_read else failed if complete else 1)
+        assert complete or not any(each.kind == "delete" and each.key[1] is None for each in seen)
+        faults = [each for each in seen if not each.fine]
+        if len(faults) < TRIES and not any(each.arrived and each.answer.status not in (502, 503) for each in faults):
+            assert exit_code == 0 or lost or any(map(self.may_fail, outcomes))
+        return complete
 
 
-def open_things() -> tuple[int, int]:
-    """How many threads and open files this process has."""
-    return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+def what_is_wrong(server: str | None, at_look: Then, at_first: Then) -> str:
+    """Why a look does not allow a DELETE of this server, or of the user; empty if it does."""
+    if server not in at_look.due or (server is None and None not in at_first.due):
+        return "deleted what was not due"
+    same = at_look.user is at_first.user if server is None else at_look.servers[server] is at_first.servers.get(server)
+    return "" if same else "deleted another one of that name"
 
 
-def assert_nothing_is_left_over(before: tuple[int, int]) -> None:
-    """No thread, socket or file, once the Hub has seen that its connections are closed."""
-    deadline = time.monotonic() + 5
-    while any(map(int.__gt__, open_things(), before)) and time.monotonic() < deadline:
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.0005)
-    threads, files = open_things()
-    assert threads <= before[0], threading.enumerate()
-    assert files <= before[1]
 
 
 EXAMPLES = os.environ.get("EXAMPLES")
-Life.TestCase.settings = settings(
-    max_examples=int(EXAMPLES or 40),
-    stateful_step_count=16,
+
+
+@settings(
+    max_examples=int(EXAMPLES or 150),
     derandomize=not EXAMPLES,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-test_a_pass_does_what_it_should_whatever_happens = Life.TestCase
+@given(data=st.data())
+def test_a_pass_does_what_it_should_whatever_happens(
+    cull: Cull, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    draw = data.draw
+    asks = draw(st.booleans())
+    names = draw(PLAIN_NAMES if asks else ANY_NAMES | NAMES_TO_DECODE)
+    user, server = st.sampled_from([names[0], *names[:3]]), st.sampled_from(["", "", *names[3:]])
+    options = options_of(names, ["both", "server", "kernels"] if asks else ["hub"])
+    with WatchedHub() as hub:
+        hub.proxy_decodes, hub.another_node_is_ahead = draw(st.booleans()), draw(st.booleans())
+        watch = Watch(hub, cull)
+        for _ in range(draw(st.integers(1, 3))):
+            hub.now += draw(st.sampled_from([0, 0, 1, 2])) * HOUR + BETWEEN_PASSES
+            for name, idle, groups in draw(
+                st.lists(st.tuples(user, FEW, st.sampled_from([[], ["gpu"], ["staff"]])), min_size=1, max_size=3)
+            ):
+                hub.user_is_there(name, 2 * idle, admin=draw(st.booleans()), groups=groups)
+            for name, named, its in draw(st.lists(st.tuples(user, server, SERVERS), min_size=1, max_size=5)):
+                hub.server_is_up(name, named, its)
+            for change in draw(
+                st.lists(st.tuples(st.sampled_from(CHANGES + SUBTLE_CHANGES), user, server), max_size=1)
+            ):
+                hub.change(*change)
+            is_disturbed, decision_is_old = draw(st.booleans()), draw(st.booleans())
+            changes = CHANGES if decision_is_old else CHANGES + SUBTLE_CHANGES
+            monkeypatch.setattr("cull_idle.OLD_DECISION", 0.0 if decision_is_old else 1e9)
+            if is_disturbed:
+                surprises = st.builds(Surprise, st.sampled_from(changes), server, st.integers(0, 4))
+                hub.disturb(
+                    draw(st.lists(TROUBLES, max_size=3) | st.just([])),
+                    draw(st.lists(surprises, min_size=2, max_size=4)),
+                )
+            passing = draw(options)
+            watch.make_pass(passing, is_disturbed=is_disturbed, decision_is_old=decision_is_old)
+            hub.disturb((), ())
+        hub.now += BETWEEN_PASSES
+        monkeypatch.setattr("cull_idle.OLD_DECISION", 1e9)
+        watch.make_pass(passing, is_disturbed=False)

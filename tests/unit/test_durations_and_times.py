@@ -16,31 +16,19 @@ NOW = datetime(2026, 11, 22, 20, 39, 5, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("0", 0),
-        ("3600", 3600),
-        ("0.5", 0.5),
-        ("90s", 90),
-        ("15m", 900),
-        ("1.5h", 5400),
-        ("1h30m", 5400),
-        ("1h 30m", 5400),
-        ("2d", 172_800),
-        ("1w", 604_800),
-        ("1w2d3h4m5s", 788_645),
-        ("2H", 7200),
-        ("60min", 3600),
-        ("1hr", 3600),
-        ("2days", 172_800),
-        ("3 hours 1 minute", 10_860),
+        ("0", 0), ("3600", 3600), ("0.5", 0.5), ("90s", 90), ("15m", 900), ("1.5h", 5400), ("1h30m", 5400),
+        ("1h 30m", 5400), ("2d", 172_800), ("1w", 604_800), ("1w2d3h4m5s", 788_645), ("2H", 7200), ("60min", 3600),
+        ("1hr", 3600), ("2days", 172_800), ("3 hours 1 minute", 10_860),
         ("1.2096e+06", 1_209_600),  # Helm writes large numbers so
     ],
-)
+)  # fmt: skip
 def test_a_duration_is_seconds_or_numbers_with_units(text: str, seconds: float) -> None:
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "1x", "-1", "1h-1m", "30m1h", "1h30", "1 2", "1e", "1e-3", "nan", "inf", "٣", "s", ".5", "1,5h"]
+    "text",
+    ["1M", "", "x", "1x", "-1", "1h-1m", "30m1h", "1h30", "1 2", "1e", "1e-3", "nan", "inf", "٣", "s", ".5", "1,5h"],
 )
 def test_a_text_that_is_not_a_duration_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(BadParameter, match=re.escape(f"'{text}'")):
@@ -54,30 +42,18 @@ def test_a_duration_is_a_century_at_most() -> None:
             parse_duration(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "limit"), [("never", NEVER), ("NEVER", NEVER), ("1h", timedelta(hours=1)), ("0", timedelta(0))]
-)
-def test_a_limit_is_a_duration_or_never(text: str, limit: timedelta) -> None:
-    assert parse_limit(text) == limit
+def test_a_limit_is_a_duration_or_never() -> None:
+    limits = [parse_limit(text) for text in ("never", "NEVER", "1h", "0")]
+    assert limits == [NEVER, NEVER, timedelta(hours=1), timedelta(0)]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0s"),
-        (0.9, "0s"),
-        (59.9, "59s"),
-        (60, "1m"),
-        (90, "1m30s"),
-        (3600, "1h"),
-        (3605, "1h"),
-        (7380, "2h03m"),
-        (11_400, "3h10m"),
-        (100_800, "1d04h"),
-        (86_460, "1d"),
-        (40 * 86_400, "40d"),
+        (0, "0s"), (0.9, "0s"), (59.9, "59s"), (60, "1m"), (90, "1m30s"), (3600, "1h"), (3605, "1h"), (7380, "2h03m"),
+        (11_400, "3h10m"), (100_800, "1d04h"), (86_460, "1d"), (40 * 86_400, "40d"),
     ],
-)
+)  # fmt: skip
 def test_an_idle_time_is_written_in_its_two_largest_units(seconds: float, text: str) -> None:
     assert format_duration(timedelta(seconds=seconds), units=2) == text
 
@@ -109,10 +85,7 @@ def test_any_text_is_a_duration_or_refused_with_a_sentence(text: str) -> None:
         ("2026-11-22 20:39:05+00:00", NOW),
         ("2026-11-22T22:39:05+02:00", NOW),
         ("20261122T203905Z", NOW),
-        ("2026-11-22T20", NOW.replace(minute=0, second=0)),
-        ("20261122T20", NOW.replace(minute=0, second=0)),
-        ("20261122T20Z", NOW.replace(minute=0, second=0)),
-        ("2026-11-22T20Z", NOW.replace(minute=0, second=0)),
+        *((text, NOW.replace(minute=0, second=0)) for text in ("2026-11-22T20", "2026-11-22T20Z", "20261122T20Z")),
         ("2026-11-22T24:00Z", datetime(2026, 11, 23, tzinfo=UTC)),
         ("2026-11-22T24:00+02:00", datetime(2026, 11, 22, 22, tzinfo=UTC)),
         (None, None),

@@ -1,0 +1,330 @@
+"""Races: users come back, servers start anew, the program is told to stop, or a second culler works, during a pass."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import RealHub
+from processes import Running, Start
+from runs import Cull, Result
+from scenes import Given, Play, Scene, fault, having, idle, server, user
+from scripted_hub import (
+    ALL_SCOPES,
+    HOUR,
+    LONG_AGO,
+    Answer,
+    Exchange,
+    FakeJupyter,
+    Reply,
+    ScriptedHub,
+    and_do,
+    edited,
+    reset,
+    respond_json,
+    then_do,
+    with_extra,
+)
+
+# Users come back
+
+
+class ComeBack:
+    """With each DELETE some users come back, while it is being handled.
+
+    Servers are taken in the list's order and at most 10 at a time: when the k-th DELETE arrives, no server from the
+    place k + 9 of the list on has been looked at.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.at = {
+            name: 1 if index < 50 else index for index, name in enumerate(names)
+        }  # half at once, then one by one
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, exchange: Exchange) -> Answer:
+        with self._lock:
+            self._count += 1
+            for name in (name for name, number in self.at.items() if number == self._count):
+                exchange.hub.touch(name)
+        return exchange.normal()
+
+
+@pytest.fixture
+def _in_list_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.sample", lambda items, _: items)
+
+
+NAMES = [f"user-{index:03}" for index in range(200)]
+
+
+@pytest.mark.usefixtures("_in_list_order")
+@pytest.mark.parametrize(
+    "due", [idle(*NAMES), lambda hub: [user(name)(hub) for name in NAMES]], ids=["servers", "users"]
+)
+def test_of_200_due_the_99_who_come_back_during_the_pass_are_spared(
+    cull_scripted: Cull, scripted: ScriptedHub, due: Given
+) -> None:
+    due(scripted)
+    of = "" if scripted.running() else "user "
+    scripted.fault("DELETE", ".*", ComeBack(NAMES[101:]), times=None)
+    result = cull_scripted("--timeout=1h", "--cull-users", "--concurrency=10")
+    gone, back = [f"{of}{name}" for name in NAMES[:101]], [f"{of}{name}" for name in NAMES[101:]]
+    assert result.outcomes == dict.fromkeys(gone, "deleted" if of else "culled") | dict.fromkeys(back, "spared")
+    assert len(scripted.lines("DELETE")) == len(gone)
+    assert set(back) == ({f"user {name}" for name in scripted.users} if of else scripted.running())
+    assert result.exit_code == 0
+
+
+@pytest.mark.usefixtures("_in_list_order")
+def test_a_server_that_is_stopped_and_started_again_meanwhile_is_spared(
+    cull_scripted: Cull, scripted: ScriptedHub
+) -> None:
+    names, new = NAMES[:20], NAMES[20:40]
+    idle(*names, *new)(scripted)
+
+    def start_anew() -> None:
+        for name in new:
+            scripted.users[name].servers.clear()
+            scripted.add(name)
+
+    scripted.fault("DELETE", ".*", then_do(start_anew))
+    result = cull_scripted("--timeout=0", "--concurrency=10")  # 0: all that is ready is due
+    assert scripted.running() == set(new)
+    assert result.outcomes == dict.fromkeys(names, "culled") | dict.fromkeys(new, "spared")
+    assert len(scripted.lines("DELETE")) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("due", "outcome"),
+    [(server("ann", LONG_AGO), {"ann": "spared"}), (user("ann", age=9 * HOUR), {"user ann": "spared"})],
+)
+def test_who_comes_back_while_the_second_look_is_on_its_way_is_kept(
+    cull_scripted: Cull,
+    scripted: ScriptedHub,
+    monkeypatch: pytest.MonkeyPatch,
+    due: Given,
+    outcome: dict[str, str],
+) -> None:
+    """The Hub answers what was true when it made the answer up. If that takes a while, there is another look."""
+    monkeypatch.setattr("cull_idle.OLD_DECISION", 0.0)
+    due(scripted)
+    scripted.fault("GET", "/users/ann", and_do(lambda: scripted.touch("ann")))
+    result = cull_scripted("--timeout=1h", "--cull-users")
+    assert (result.outcomes, scripted.lines("DELETE")) == (outcome, [])
+
+
+# The program is told to stop
+
+FIVE = idle(*(f"user{number}" for number in range(5)))
+LOOK, STOP = "GET /users/USER", "DELETE /users/USER/server"
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "place", "reply", "requests"),
+    [
+        pytest.param(FIVE, "--api-page-size=2", ("GET", "/users"), and_do, [], id="no other page is read"),
+        pytest.param(FIVE, "--arbiter={arbiter}", ("GET", "/users"), and_do, [], id="no slow arbiter is called"),
+        pytest.param(
+            idle("user0"), "", ("GET", "/users/user0"), and_do, [LOOK], id="no server is stopped after a look"
+        ),
+        pytest.param(user("user0"), "--cull-users", ("GET", "/users/user0"), and_do, [LOOK], id="no user is deleted"),
+        pytest.param(FIVE, "--concurrency=1", ("DELETE", ".*"), and_do, [LOOK, STOP], id="no other server is stopped"),
+        pytest.param(
+            idle("user0"),
+            "",
+            ("DELETE", ".*"),
+            lambda tell: then_do(tell, reset()),
+            [LOOK, STOP],
+            id="nothing is retried",
+        ),
+    ],
+)
+def test_once_told_to_stop(
+    cull_scripted: Cull,
+    scripted: ScriptedHub,
+    tell_to_stop: Callable[[], None],
+    tmp_path: Path,
+    given: Given,
+    options: str,
+    place: tuple[str, str],
+    reply: Callable[[Callable[[], None]], Reply],
+    requests: list[str],
+) -> None:
+    calls, arbiter = tmp_path / "calls", tmp_path / "arbiter.py"
+    arbiter.write_text(f"def decide(user): open({str(calls)!r}, 'a').write(user['name'])")
+    given(scripted)
+    scripted.fault(*place, reply(tell_to_stop))  # once: a second signal would end this process
+    result = cull_scripted("--timeout=1h", *options.format(arbiter=f"{arbiter}:decide").split())
+    assert [re.sub("user[0-9]", "USER", line) for line in scripted.lines()[2:]] == requests
+    assert not calls.exists()
+    assert result.exit_code == 1
+    done = sum(outcome == "culled" for outcome in result.outcomes.values())
+    failed = result.counts.get("failed", 0)
+    assert result.counts.get("left undone", 0) == result.counts["due"] - done - failed
+
+
+# Two cullers
+
+
+def culled(cullers: list[Running]) -> set[str]:
+    """The servers that any of the cullers says it stops."""
+    said = [Result(0, "", culler.said()).outcomes for culler in cullers]
+    return {name for outcomes in said for name, outcome in outcomes.items() if outcome in ("culled", "stopping")}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--cull-users"]], ids=["servers", "users too"])
+def test_two_passes_at_the_same_moment_do_no_harm(scripted: ScriptedHub, start: Start, arguments: list[str]) -> None:
+    due = [f"idle-{index:02}" for index in range(40)]
+    busy = {f"busy-{index}" for index in range(5)}
+    idle(*due, stop_seconds=0.05)(scripted)
+    for name in busy:
+        scripted.add(name, user_idle=LONG_AGO)
+    both = threading.Barrier(2, timeout=60)
+    scripted.fault("GET", "/users", then_do(both.wait), times=2)  # neither has the list before the other asks for it
+    cullers = [start(scripted, "--once", "--timeout=1h", *arguments) for _ in range(2)]
+    assert [culler.process.wait(60) for culler in cullers] == [0, 0]
+    assert (scripted.running(), scripted.stopped_count, culled(cullers)) == (busy, len(due), set(due))
+    assert not [line for line in scripted.lines("DELETE") if "busy" in line]
+    assert busy <= scripted.users.keys()
+
+
+def test_two_passes_at_the_same_moment_do_no_harm_to_a_real_hub(hub: RealHub, start: Start) -> None:
+    due, busy = {f"idle-{index:02}" for index in range(20)}, {f"busy-{index}" for index in range(3)}
+    in_use = {"idle_seconds": 60, "age_seconds": 3 * HOUR, "user_idle_seconds": 60}
+    hub.spawn_many(
+        [(name, "", {"idle_seconds": 2 * HOUR, "stop_seconds": 0.3}) for name in sorted(due)]
+        + [(name, "", in_use) for name in sorted(busy)]
+    )
+    cullers = [start(hub, "--once", "--timeout=1h") for _ in range(2)]
+    assert [culler.process.wait(60) for culler in cullers] == [0, 0], [culler.said() for culler in cullers]
+    assert (hub.running(), hub.users(), culled(cullers)) == (busy, due | busy, due)
+
+
+# What else an adversary found: odd names, unknown times, and what nobody can print
+
+
+def asking(*kernels: dict[str, Any]) -> Given:
+    """A culler that may ask, and a server that the Hub calls idle, with these kernels."""
+
+    def change(hub: ScriptedHub) -> None:
+        having(scopes=[*ALL_SCOPES, "tokens"])(hub)
+        hub.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(hub.now, list(kernels)))
+
+    return change
+
+
+def says(path: str, answer: object) -> Given:
+    return fault("GET", f"/user/ann/api/{path}", respond_json(200, answer), times=None)
+
+
+def arbiter(body: str) -> Given:
+    """Whatever this arbiter does, ann is in doubt; the file is in the current directory."""
+    return lambda hub: Path("arbiter.py").write_text(f"{body}\n")
+
+
+UNKNOWN: dict[str, Any] = {"execution_state": "idle", "last_activity": None}
+BUSY = {"execution_state": "busy", "last_activity": "x"}
+BY_ARBITER = "--arbiter=arbiter.py:f"
+SPARED = {"ann": "spared"}
+
+SCENES = [
+    Scene(
+        "a name that leads to a server that has just come is not stopped",
+        [
+            server("ann/a?x", LONG_AGO),
+            lambda hub: hub.fault("GET", "/users(/ann)?.*", and_do(lambda: hub.add("ann", "a"))),
+        ],
+        becomes={"ann/a?x": "failed"},
+        exit=1,
+    ),
+    *(
+        Scene(
+            f"the name {name!r} is not sent",
+            [server(f"ann/{name}", LONG_AGO)],
+            becomes={f"ann/{shown}": "failed"},
+            exit=1,
+        )
+        for name, shown in [(".. ", ".. "), (".\t.", ".\\t."), ("..\n", "..\\n"), ("..\0", "..\\x00")]
+    ),
+    Scene(
+        "a busy kernel counts after one without a time",
+        [asking({"execution_state": "idle"}, BUSY)],
+        "--idle-by=both",
+        becomes=SPARED,
+    ),
+    Scene(
+        "a busy kernel counts before one with an odd time",
+        [asking(BUSY, {**UNKNOWN, "last_activity": "x"})],
+        "--idle-by=both",
+        becomes=SPARED,
+    ),
+    Scene(
+        "a server whose activity is unknown is active now",
+        [asking(), says("status", {"last_activity": None})],
+        "--idle-by=server",
+    ),
+    Scene(
+        "a kernel whose activity is unknown is active now", [asking(), says("kernels", [UNKNOWN])], "--idle-by=kernels"
+    ),
+    *(
+        Scene(
+            f"scopes that are {scopes} make no token",
+            [
+                asking(),
+                fault("POST", ".*", edited(partial(with_extra, extra={"scopes": scopes})), times=None),
+            ],
+            "--idle-by=both",
+            becomes={"ann": "failed"},
+            exit=1,
+        )
+        for scopes in (5, True, {"a": 1})
+    ),
+    *(
+        Scene(f"an arbiter that {does} keeps the server in doubt", [idle("ann"), arbiter(body)], BY_ARBITER, doubts=1)
+        for does, body in {
+            "returns what cannot be printed": "class X:\n  def __repr__(self): 1 / 0\ndef f(): return X()",
+            "returns what prints as a number": "class X:\n  def __repr__(self): return 5\ndef f(): return X()",
+            "returns what is no boolean": "class bool_:\n  def __bool__(self): 1 / 0\ndef f(): return bool_()",
+            "raises what cannot be printed": "class E(Exception):\n  def __str__(self): 1 / 0\ndef f(): raise E",
+            "raises what has no text": "class E(Exception):\n  __str__ = None\ndef f(): raise E",
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=Scene.__str__)
+def test_scene(scene: Scene, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["a?x", "a#1", "a%3Fx"])
+def test_a_server_with_an_odd_name_is_stopped_but_not_removed(
+    cull_scripted: Cull, scripted: ScriptedHub, name: str
+) -> None:
+    """Behind a proxy that decodes paths, the stopped server `a` would be removed, with its storage."""
+    idle(f"ann/{name}", "ann/plain")(scripted)
+    assert set(cull_scripted("--timeout=1h", "--remove-named-servers").outcomes.values()) == {"culled"}
+    bodies = {request.segments[-1]: request.body for request in scripted.requests if request.method == "DELETE"}
+    assert bodies == {name: b"", "plain": b'{"remove": true}'}
+
+
+@pytest.mark.parametrize("path", ["/{x}/hub/api", "/{}/hub/api", "/{url}/hub/api"])
+@pytest.mark.parametrize("scheme", ["http:", "https:"])
+def test_braces_in_the_url_are_shown(cull: Cull, scripted: ScriptedHub, path: str, scheme: str) -> None:
+    """As in a template that was not filled in."""
+    scripted.fault("*", ".*", reset(), times=None)
+    result = cull("--once", "--url", scripted.url.replace("/hub/api", path).replace("http:", scheme), token="token")
+    assert (result.exit_code, path in result.err) == (3, True)
+
+
+def test_a_config_file_nested_too_deeply_is_a_usage_error(cull: Cull, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f"timeout = {'[' * 9000}{']' * 9000}")
+    assert cull("--once", "--config", str(tmp_path / "config.toml"), token="secret").exit_code == 2
