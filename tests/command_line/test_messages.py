@@ -20,7 +20,7 @@ import pytest
 from messages import Says
 from processes import PROGRAM, RUN
 from runs import Cull, Result
-from scenes import Given, Play, Scene, active, fault, having, idle
+from scenes import Play, Scene, active, fault, file, having, idle
 from scripted_hub import (
     ALL_SCOPES,
     DROP,
@@ -49,16 +49,6 @@ def _steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(random, "sample", lambda population, k: list(population))
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def file(name: str, text: str, mode: int = 0o600) -> Given:
-    """A file in the current directory."""
-
-    def write(_: object) -> None:
-        Path(name).write_text(text)
-        Path(name).chmod(mode)
-
-    return write
 
 
 def run_line(cull: Cull, line: str) -> Result:
