@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -94,19 +93,14 @@ def test_each_source_sets_each_option(
     others = [] if option == "timeout" else ["--timeout=2h"]  # --cull-users needs it
     args, env = given(source, option, f" {text}\t")  # white space around it does not count
     found, default = settings_of(*others, *args, env=env), settings_of("--timeout=2h")
-    assert {name for name, each in vars(found).items() if vars(default)[name] != each} - {"config"} == {
-        option.replace("-", "_")
-    }
-    assert getattr(found, option.replace("-", "_")) == value
+    changed = {name: each for name, each in vars(found).items() if vars(default)[name] != each and name != "config"}
+    assert changed == {option.replace("-", "_"): value}
 
 
 def test_the_command_line_comes_first_then_variables_then_the_file(settings_of: SettingsOf) -> None:
     Path("cull.toml").write_text('timeout = "1h"\ncull-users = true\nurl = "http://file"\n')
-    file, variable, line = (
-        "--config=cull.toml",
-        {"CULL_IDLE_TIMEOUT": "2h", "CULL_IDLE_CULL_USERS": "no"},
-        "--timeout=3h",
-    )
+    file, line = "--config=cull.toml", "--timeout=3h"
+    variable = {"CULL_IDLE_TIMEOUT": "2h", "CULL_IDLE_CULL_USERS": "no"}
     found = [settings_of(), settings_of(file), settings_of(file, env=variable), settings_of(file, line, env=variable)]
     assert [each.timeout / MINUTE for each in found] == [10, 60, 120, 180]
     assert [each.cull_users for each in found] == [False, True, False, False]
@@ -117,6 +111,13 @@ def test_the_command_line_comes_first_then_variables_then_the_file(settings_of: 
     assert settings_of(env=hubs).request_timeout == 1.5 * MINUTE
     assert settings_of(env=hubs | {"CULL_IDLE_URL": "http://own"}).url == "http://own"
     assert settings_of("--timeout=1h", env={"CULL_IDLE_TIMEOUT": "wrong"}).timeout == 60 * MINUTE
+
+
+@pytest.mark.parametrize("option", ["cull-users", "remove-named-servers", "ssl-enabled"])
+def test_a_boolean_without_a_value_is_true(settings_of: SettingsOf, option: str) -> None:
+    settings = settings_of(f"--{option}", "--once", "--timeout=1h")
+    assert vars(settings)[option.replace("-", "_")]
+    assert settings.once
 
 
 def test_there_may_be_several_rules(settings_of: SettingsOf) -> None:
@@ -146,14 +147,9 @@ def test_there_may_be_several_rules(settings_of: SettingsOf) -> None:
         ("max-culls", "5", Fuse(5, "")),
         ("rule", '"user=a keep"', (cull_idle.parse_rule("user=a keep"),)),
         ("quiet", "2", None),
-        ("timeout", "-1", None),
-        ("timeout", "nan", None),
         ("timeout", "true", None),
         ("timeout", "12:00:00", None),
-        ("timeout", "2026-11-22", None),
         ("timeout", "[1]", None),
-        ("concurrency", "2.5", None),
-        ("concurrency", "true", None),
         ("rule", "[false]", None),
         ("token-file", "2", None),
         ("metrics-file", "2026-11-22", None),
@@ -256,17 +252,13 @@ def test_the_time_between_two_passes(settings_of: SettingsOf, args: str, minutes
     ("file", "variable", "args", "level"),
     [
         ("", "", "", "info"),
-        ("", "", "-q", "error"),
         ("", "", "-v -q", "debug"),
         ("", "", "-v --log-level=warning", "warning"),
         ('log-level = "info"', "", "-v", "debug"),
-        ('log-level = "info"', "", "-q", "error"),
         ("verbose = true", "", "", "debug"),
         ("verbose = true", "", "-q", "error"),
-        ("quiet = true", "", "-v", "debug"),
         ("", "LOG_LEVEL=info", "-v", "debug"),
         ("verbose = true", "QUIET=true", "", "error"),
-        ("verbose = true", "LOG_LEVEL=warning", "", "warning"),
     ],
 )
 def test_the_level_of_the_log_comes_from_the_first_source_that_names_one(
@@ -277,32 +269,17 @@ def test_the_level_of_the_log_comes_from_the_first_source_that_names_one(
     assert settings_of("--config=cull.toml", *args.split(), env=env).level == level
 
 
-CERTIFICATE = {"KEYFILE": "/ssl/own.key", "CERTFILE": "/ssl/own.crt", "CLIENT_CA": "/ssl/ca.crt"}
-INTERNAL = ("/x/hub-internal/hub-internal.key", "/x/hub-internal/hub-internal.crt", "/x/hub-ca/hub-ca.crt")
-
-
-@pytest.mark.parametrize(
-    ("names", "args", "certificate"),
-    [
-        ([], [], []),
-        ([], ["--ssl-enabled"], INTERNAL),
-        (CERTIFICATE, [], CERTIFICATE.values()),
-        (CERTIFICATE, ["--ssl-enabled"], CERTIFICATE.values()),
-        (["KEYFILE", "CERTFILE"], [], []),
-        (["KEYFILE", "CLIENT_CA"], ["--ssl-enabled"], INTERNAL),
-    ],
-)
 def test_the_client_certificate_is_that_of_the_hub_if_it_names_all_of_it(
-    settings_of: SettingsOf,
-    monkeypatch: pytest.MonkeyPatch,
-    names: Sequence[str],
-    args: list[str],
-    certificate: list[str],
+    settings_of: SettingsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_of("--internal-certs-location=/x", *args)
-    for name in names:
-        monkeypatch.setenv(f"JUPYTERHUB_SSL_{name}", CERTIFICATE[name])
-    assert list(settings.client_certificate) == list(certificate)
+    without, with_internal_ssl = settings_of(), settings_of("--ssl-enabled", "--internal-certs-location=/x")
+    internal = ("/x/hub-internal/hub-internal.key", "/x/hub-internal/hub-internal.crt", "/x/hub-ca/hub-ca.crt")
+    of_hub = {"KEYFILE": "/ssl/own.key", "CERTFILE": "/ssl/own.crt", "CLIENT_CA": "/ssl/ca.crt"}
+    for name, path in of_hub.items():
+        assert (*without.client_certificate, *with_internal_ssl.client_certificate) == internal
+        monkeypatch.setenv(f"JUPYTERHUB_SSL_{name}", path)
+    for settings in (without, with_internal_ssl):
+        assert list(settings.client_certificate) == list(of_hub.values())
 
 
 # What is refused, whatever it comes from
@@ -313,15 +290,7 @@ REFUSED = {
     "request-timeout": ["never"],
     "warn-before": ["x"],
     "idle-by": ["me"],
-    "rule": [
-        "user=ann",
-        "user=ann kep",
-        "admin=yes keep",
-        "timeout=1x",
-        "keep timeout=1h",
-        "'user=ann keep",
-        "keep keep=1",
-    ],
+    "rule": ["user=ann", "user=ann kep", "admin=yes keep", "keep timeout=1h", "'user=ann keep"],
     "cull-users": ["maybe"],
     "dry-run": ["maybe"],
     "max-culls": ["x", "101%", "-1", "1.5", ""],
@@ -453,16 +422,6 @@ def test_a_loop_reads_the_file_again_for_each_pass_and_keeps_the_last_token(
     assert [(len(each.errors), len(each.warnings)) for each in done.passes] == [
         (1, 0), (1, 1), (0, 0), (0, 1), (0, 1), (1, 0),
     ]  # fmt: skip
-
-
-def test_the_scopes_of_a_new_token_are_checked(loop: RunLoop, scripted: ScriptedHub) -> None:
-    Path("file").write_text(scripted.token)
-
-    def new_token() -> None:
-        scripted.scopes.remove("read:servers")
-
-    first, second = loop(scripted, "--timeout=1h", "--token-file=file", between=[new_token]).passes
-    assert (len(first.errors), len(second.errors)) == (0, 1)
 
 
 def test_a_loop_reads_a_pipe_once(loop: RunLoop, scripted: ScriptedHub) -> None:
