@@ -20,18 +20,23 @@ import pytest
 from messages import Says
 from processes import PROGRAM, RUN
 from runs import Cull, Result
-from scenes import Play, Scene, active, fault, file, having, idle
+from scenes import Given, Play, Scene, active, fault, file, having, idle, server, user
 from scripted_hub import (
     ALL_SCOPES,
     DROP,
+    HOUR,
     LEAST_SCOPES,
     LONG_AGO,
     Answer,
+    Exchange,
+    FakeJupyter,
+    Reply,
     ScriptedHub,
     edited,
     empty,
     hang,
     html,
+    normal,
     of_hub,
     raw,
     redirect,
@@ -165,6 +170,8 @@ def test_about(cull: Cull, says: Says, option: str) -> None:
 
 TOO_STRONG = respond_json(201, {"token": "5ecre7", "id": "a1", "scopes": ["admin:users"]})
 ANN = {"name": "ann", "servers": {}}
+NO_USERS = {"items": [], "_pagination": {"next": None}}
+TOO_DEEP = respond(200, b"[" * 100_000)
 OWN_GROUPS = [*LEAST_SCOPES, "read:users:groups!user=ann"]  # as JupyterHub adds to each token
 HUB = [
     Scene("a Hub that is down", [ScriptedHub.pause_listening]),
@@ -238,7 +245,7 @@ HUB = [
     ),
     Scene(
         "a user whose data is nested too deeply",
-        [fault("GET", "/users", respond(200, b"[" * 100_000))],
+        [fault("GET", "/users", TOO_DEEP)],
         "--api-page-size=1",
         exit=1,
     ),
@@ -278,6 +285,99 @@ PASSES = [
 
 @pytest.mark.parametrize("scene", PASSES, ids=Scene.__str__)
 def test_pass(play: Play, scene: Scene) -> None:
+    play(replace(scene, says=True))
+
+
+def race(name: str, change: Callable[[ScriptedHub], object], *before: Reply) -> Given:
+    """Something that happens while the program looks at a user again."""
+
+    def reply(exchange: Exchange) -> Answer:
+        change(exchange.hub)
+        return exchange.normal()
+
+    return fault("GET", f"/users/{name}", *before, reply)
+
+
+STUCK = [{"last_activity": "2026-01-01T00:00:00Z"}]
+SERVERS_AND_USERS = [
+    Scene(
+        "why servers and users are kept",
+        [idle("ann", "bob/gpu"), idle("ann/gpu", extra={"ready": False}), user("root", admin=True)],
+        "-v --cull-users --cull-admin-users=no --cull-default-servers=no --cull-named-servers=no",
+        becomes={"ann": "kept", "ann/gpu": "kept", "bob/gpu": "kept", "user root": "kept"},
+    ),
+    Scene(
+        "what is unclear about servers and users",
+        [
+            idle("ann", extra={"pending": DROP}),
+            idle("bob", extra={"ready": None}),
+            server("cat", last_activity=None, started=None),
+            server("dan", started="soon"),
+            user("eve", extra={"servers": {"": 7}}),
+            user("fay", extra={"servers": DROP}),
+            user("gus", extra={"last_activity": DROP}),
+            user("hal", extra={"admin": None}),
+        ],
+        "-v --cull-users",
+        becomes=dict.fromkeys(["ann", "bob", "cat", "dan", "eve", "fay", "user gus", "user hal"], "kept"),
+        doubts=8,
+    ),
+    Scene(
+        "what happens before a stop",
+        [
+            idle("ann", "bob", "gus"),
+            user("cat"),
+            user("dan"),
+            race("ann", lambda hub: hub.users["ann"].servers.clear()),
+            race("bob", lambda hub: hub.users.pop("bob")),
+            race("cat", lambda hub: hub.add_user("cat", idle=LONG_AGO, age=LONG_AGO)),
+            race("dan", lambda hub: hub.add("dan", idle=LONG_AGO)),
+            race("gus", lambda hub: hub.touch("gus"), normal()),
+        ],
+        "--cull-users",
+        becomes={"ann": "gone", "bob": "gone", "user cat": "spared", "user dan": "spared", "gus": "spared"},
+    ),
+    Scene(
+        "looks and stops that fail",
+        [
+            idle("ann", "bob", "cat", "c?t"),
+            fault("GET", "/users/ann", edited(lambda model: {**model, "name": "eve"})),
+            fault("GET", "/users/bob", html(404)),
+            fault("GET", "/users[?].*", normal(), TOO_DEEP, TOO_DEEP, respond_json(200, NO_USERS)),
+            fault("GET", "/users/c%3Ft", html(404)),
+            fault("DELETE", "/users/cat/server", of_hub(404)),
+        ],
+        "--concurrency=1",
+        becomes={"ann": "failed", "bob": "failed", "cat": "failed", "c?t": "failed"},
+        deletes=["cat"],
+        exit=1,
+    ),
+    Scene("a named server that is removed", [idle("ann/gpu")], "--remove-named-servers", becomes={"ann/gpu": "culled"}),
+    Scene(
+        "an arbiter that returns neither true nor false",
+        [file("arbiter.py", "def f(): return 'yes'"), idle("ann")],
+        "--arbiter=arbiter.py:f",
+        doubts=1,
+    ),
+    Scene(
+        "what servers say that are asked",
+        [
+            having(scopes=[*ALL_SCOPES, "tokens"]),
+            idle("ann", age=3 * HOUR + 30, says=FakeJupyter(terminals=STUCK)),
+            idle("bob", age=3 * HOUR + 30, says=FakeJupyter(kernels=[{}])),
+            idle("cat", age=3 * HOUR + 30),
+            fault("GET", "/user/cat/.*", raw(b""), times=None),
+        ],
+        "--idle-by=kernels",
+        becomes={"ann": "culled", "bob": "culled"},
+        doubts=1,
+    ),
+]
+
+
+@pytest.mark.parametrize("scene", SERVERS_AND_USERS, ids=Scene.__str__)
+def test_server_or_user(play: Play, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cull_idle, "OLD_DECISION", -1.0 if "before a stop" in scene.name else 9.0)
     play(replace(scene, says=True))
 
 
