@@ -118,7 +118,7 @@ SCHOOL = [
     *(server(name, NEARLY_DUE, age=5 * HOUR + 30) for name in ("ann", "ann/gpu")),
     *(server(name, LONG_AGO, age=5 * HOUR + 30) for name in ("bob", "cat", "svc-db")),
     server("eve", pending="spawn", ready=False),
-    server("fay", NEARLY_DUE, age=30 * 24 * HOUR),
+    server("fay", NEARLY_DUE, age=30 * 24 * HOUR + 30),
     user("gus", idle=4 * HOUR + 30),
     user("hal", idle=HOUR + 30),
 ]
