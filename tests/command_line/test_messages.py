@@ -66,16 +66,16 @@ def run_line(cull: Cull, line: str) -> Result:
 # What is wrong with an option
 
 USAGE = {
-    "no token": "--once",
-    "a token variable that is empty": "JUPYTERHUB_API_TOKEN= --once",
-    "a token variable with two words": "JUPYTERHUB_API_TOKEN='two words' --once",
+    "no token": "--timeout=1h",
+    "a token variable that is empty": "JUPYTERHUB_API_TOKEN=",
+    "a token variable with two words": "JUPYTERHUB_API_TOKEN='two words'",
     "a token in place of its file": "--token-file=0123456789abcdef0123456789abcdef",
     "a token as an option": "--token=5ecre7",
     "a duration that is none": "--timeout=1x",
     "a capital M, which may mean months": "--timeout=1M",
     "a duration of more than a century": "--timeout=99999w",
-    "a variable that is wrong": "CULL_IDLE_TIMEOUT=1x --once",
-    "a variable of the Hub's that is wrong": "JUPYTERHUB_REQUEST_TIMEOUT=soon --once",
+    "a variable that is wrong": "CULL_IDLE_TIMEOUT=1x",
+    "a variable of the Hub's that is wrong": "JUPYTERHUB_REQUEST_TIMEOUT=soon",
     "a rule with an unknown word": "--rule='user=ann kep'",
     "a rule that sets nothing": "--rule=user=ann",
     "a rule about admins that is neither true nor false": "--rule='admin=yes keep'",
@@ -108,7 +108,7 @@ USAGE = {
 
 @pytest.mark.parametrize("line", USAGE.values(), ids=USAGE)
 def test_usage(cull: Cull, says: Says, line: str) -> None:
-    result = run_line(cull, line)
+    result = run_line(cull, f"--once {line}")
     assert (result.exit_code, result.out, len(result.lines)) == (2, "", 1)
     says(result.err)
 

@@ -142,7 +142,8 @@ def test_there_may_be_several_rules(settings_of: SettingsOf) -> None:
         ("max_age", "7200", 120 * MINUTE),  # with _, as well
         ("concurrency", '"3"', 3),
         ("quiet", "1", True),
-        ("quiet", "false", False),
+        ("cull-admin-users", "false", False),
+        ("json", "true", True),
         ("cull-named-servers", "0", False),
         ("max-culls", "5", Fuse(5, "")),
         ("rule", '"user=a keep"', (cull_idle.parse_rule("user=a keep"),)),
@@ -164,7 +165,7 @@ def test_a_value_in_a_file_is_as_on_the_command_line_or_refused(
 ) -> None:
     Path("cull.toml").write_text(f"{option} = {toml}\n")
     if value is None:
-        assert_usage_error(cull("--config=cull.toml", token=TOKEN), option)
+        assert_usage_error(cull("--once", "--config=cull.toml", token=TOKEN), option)
     else:
         assert getattr(settings_of("--config=cull.toml"), option.replace("-", "_")) == value
 
@@ -175,7 +176,7 @@ def test_a_value_in_a_file_is_as_on_the_command_line_or_refused(
 def test_a_file_that_is_no_config_file_is_refused(cull: Cull, text: bytes | None) -> None:
     if text is not None:
         Path("cull.toml").write_bytes(text)
-    assert_usage_error(cull("--config=cull.toml", token=TOKEN), "cull.toml")
+    assert_usage_error(cull("--once", "--config=cull.toml", token=TOKEN), "cull.toml")
 
 
 def assert_usage_error(result: Result, name: str) -> None:
@@ -334,14 +335,14 @@ def test_a_wrong_value_is_refused_and_its_source_is_named(cull: Cull, source: st
 def test_users_are_deleted_only_after_a_time_that_somebody_has_chosen(
     cull: Cull, settings_of: SettingsOf, limit: str
 ) -> None:
-    assert_usage_error(cull("--cull-users", limit, token=TOKEN), "--cull-users")
+    assert_usage_error(cull("--once", "--cull-users", limit, token=TOKEN), "--cull-users")
     for chosen in ("--timeout=1h", "--user-timeout=1h"):
         assert settings_of("--cull-users", limit, chosen).cull_users
 
 
 @pytest.mark.parametrize("args", ["--warn-before=1h", "--warn-before=30m --rule=timeout=30m"])
 def test_a_warning_must_come_before_each_timeout(cull: Cull, args: str) -> None:
-    assert_usage_error(cull("--timeout=1h", *args.split(), token=TOKEN), "--warn-before")
+    assert_usage_error(cull("--once", "--timeout=1h", *args.split(), token=TOKEN), "--warn-before")
 
 
 @pytest.mark.parametrize("host", [".example", "a..b", "a" * 64 + ".example", "%zz"])
