@@ -18,6 +18,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from runs import Result
@@ -96,6 +97,16 @@ def having(**attributes: Any) -> Given:
             setattr(hub, name, value)
 
     return change
+
+
+def file(name: str, text: str, mode: int = 0o600) -> Given:
+    """A file in the current directory; a test that has one changes to a directory of its own."""
+
+    def write(_: ScriptedHub) -> None:
+        Path(name).write_text(text)
+        Path(name).chmod(mode)
+
+    return write
 
 
 def deleted(requests: Sequence[Request]) -> list[str]:
