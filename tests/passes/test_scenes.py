@@ -1,4 +1,4 @@
-"""Scenes: one pass each, as rows of tables, in the order of DESIGN.md, sections 4 to 6. A new decision is a new row.
+"""Scenes: one pass each, as rows of tables: scan, decide, fuse, look, DELETE; then rules. A new decision is a new row.
 
 In these scenes, what is due is culled in the order of the user list. What `check_always` says holds in each of them.
 """
@@ -107,16 +107,13 @@ def all_culled(*names: str) -> dict[str, str]:
 
 # The scan: page after page, to the end of the list
 
+NEXT_IS_2 = {"next": {"offset": 2}}
 SECOND_PAGE = r"/users\?(.*&)?offset=2.*"
 SCAN = [
     Scene(
         "an offset is enough to read on",
-        [
-            idle("ann", "bob", "cat"),
-            having(page_max=2),
-            edit("GET /users", lambda body: {**body, "_pagination": {"next": {"offset": 2}}}),
-        ],
-        becomes=all_culled("ann", "bob", "cat"),
+        [idle(*"abc"), having(page_max=2), edit("GET /users", lambda body: {**body, "_pagination": NEXT_IS_2})],
+        becomes=all_culled(*"abc"),
     ),
     Scene(
         "a page without a ready server is not the last one",
@@ -280,12 +277,17 @@ USERS = [
 # What the Hub describes unclearly is kept, and the rest is culled
 NO_TIMES: list[Any] = [5, "", "yesterday", "2026-13-45T99:99:99Z", "2026-11-22", [], {}]
 NO_BOOLEANS: list[Any] = [None, 1, "no", []]
-UNCLEAR_SERVERS: dict[str, dict[str, Any]] = {
-    **{f"{key} {value!r}": {key: value} for key in ("last_activity", "started") for value in NO_TIMES},
-    **{f"ready {value!r}": {"ready": value} for value in NO_BOOLEANS},
-    **{f"no {key}": {key: DROP} for key in ("last_activity", "ready", "pending")},
-    "neither time": {"last_activity": None, "started": None},
-    "one time null and one missing": {"last_activity": None, "started": DROP},
+NO_MODELS: list[Any] = [None, [], "up", 5, True]
+NO_SERVERS: list[Any] = [*({"": model} for model in NO_MODELS), None, [], [{"name": ""}], "none", 0, False]
+UNCLEAR_SERVERS: dict[str, Given] = {
+    **{f"last_activity is {value!r}": change("ann", extra={"last_activity": value}) for value in NO_TIMES},
+    **{f"started is {value!r}": change("ann", extra={"started": value}) for value in NO_TIMES},
+    **{f"ready is {value!r}": change("ann", extra={"ready": value}) for value in NO_BOOLEANS},
+    **{f"{key} is missing": change("ann", extra={key: DROP}) for key in ("last_activity", "ready", "pending")},
+    "both times are null": change("ann", extra={"last_activity": None, "started": None}),
+    "one time is null and one missing": change("ann", extra={"last_activity": None, "started": DROP}),
+    **{f"her servers are {servers!r}": change("user ann", extra={"servers": servers}) for servers in NO_SERVERS},
+    "her servers are missing": change("user ann", extra={"servers": DROP}),
 }
 UNCLEAR_USERS: dict[str, dict[str, Any]] = {
     **{f"{key} {value!r}": {key: value} for key in ("last_activity", "created") for value in NO_TIMES},
@@ -294,33 +296,17 @@ UNCLEAR_USERS: dict[str, dict[str, Any]] = {
     "neither time": {"last_activity": None, "created": None},
     "one time null and one missing": {"last_activity": None, "created": DROP},
 }
-NO_MODELS: list[Any] = [None, [], "up", 5, True]
-NO_SERVERS: dict[str, Any] = {
-    **{f"a server that is {model!r}": {"": model} for model in NO_MODELS},
-    **{f"servers that are {servers!r}": servers for servers in (None, [], [{"name": ""}], "none", 0, False)},
-    "servers that are not shown": DROP,
-}
 DOUBTS = [
     *(
         Scene(
-            f"a server with {words} is kept",
-            [idle("ann", extra=extra), idle("bob")],
-            options="--timeout=0 --max-age=1h --cull-users",
-            becomes={"bob": "culled"},
-            doubts=1,
-        )
-        for words, extra in UNCLEAR_SERVERS.items()
-    ),
-    *(
-        Scene(
-            f"a user with {words} is kept with the options {options!r}",
-            [idle("ann", "bob"), change("user ann", extra={"servers": servers})],
+            f"ann's server is kept if {words}; the options are {options}",
+            [idle("ann", "bob"), given],
             options=options,
             becomes={"bob": "culled"},
             doubts=1,
         )
-        for words, servers in NO_SERVERS.items()
-        for options in ("", "--cull-users")
+        for words, given in UNCLEAR_SERVERS.items()
+        for options in ("--timeout=1h", "--timeout=0 --max-age=1h --cull-users")
     ),
     *(
         Scene(
@@ -422,7 +408,7 @@ NO_LOOK = [active("ann", "bob"), idle("cat"), having(page_max=2), fault("GET", "
 LOOK = [
     *(
         Scene(
-            f"{name} is {outcome} if {words} by then",
+            f"{name}: {outcome} if {words} by then",
             [user("ann") if name == "user ann" else idle(name), fault("GET", "/users/ann", meanwhile(given))],
             options="--cull-users --cull-admin-users=false",
             becomes={name: outcome},
@@ -600,7 +586,7 @@ def answered(
     due = {"ann": (idle("ann"), "/users/ann/server"), "user ann": (user("ann"), "/users/ann")}
     for (name, (given, path)), outcome in zip(due.items(), outcomes, strict=True):
         yield Scene(
-            f"{name} is {outcome} if the Hub answers {words}",
+            f"{name}: {outcome} if the Hub answers {words}",
             [
                 given,
                 *(fault("DELETE", path, reply) for reply in replies),
