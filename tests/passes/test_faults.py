@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -137,11 +136,9 @@ def each_user(change: Callable[[dict[str, Any]], object]) -> Reply:
 
 def without_pending(user: dict[str, Any]) -> dict[str, Any]:
     """A user whose servers do not say what the Hub is doing with them."""
-    servers = user["servers"].items()
-    return {
-        **user,
-        "servers": {name: {key: server[key] for key in server if key != "pending"} for name, server in servers},
-    }
+    for server in user["servers"].values():
+        del server["pending"]
+    return user
 
 
 def next_is(following: object) -> Reply:
@@ -166,8 +163,8 @@ TABLE: list[tuple[str, Reply, str]] = [
     ("closed in a chunk", raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n["), "+- +- +- +- +-"),
     ("no HTTP", raw(b"SSH-2.0-OpenSSH_9.2\r\n"), "+- +- +- +- +-"),
     ("too many headers", raw(TOO_MANY_HEADERS), "+- +- +- +- +-"),
-    ("no answer", hang(), "-- -- -- -- --"),
-    ("a drip of the body", drip(0.1, of=respond(200, b"x" * 99)), "-- -- -- -- --"),
+    ("no answer", hang(), "- - - - -"),
+    ("a drip of the body", drip(0.1, of=respond(200, b"x" * 99)), "- - - - -"),
     ("429", respond(429), "+- +- +- +- +-"),
     ("502", of_hub(502), "+- +- +- +- +-"),
     ("502 in HTML", html(502), "+- +- +- +- +-"),
@@ -199,7 +196,6 @@ TABLE: list[tuple[str, Reply, str]] = [
     ("no pagination", respond_json(200, {"items": []}), ".. -- -- .. .."),
     ("a pagination that is a number", respond_json(200, {"items": [], "_pagination": 5}), ".. -- -- .. .."),
     ("a user without a name", each_user(lambda user: {**user, "name": None}), ".. kk kk -- .."),
-    ("another user", each_user(lambda user: {**user, "name": "bob2"}), ".. .. .. -- .."),
     ("a user that is a number", each_user(lambda user: 5), ".. kk kk -- .."),
     ("servers that are a list", each_user(lambda user: {**user, "servers": [1]}), ".. kk kk kk .."),
     ("a server that is a number", each_user(lambda user: {**user, "servers": {"": 5}}), ".. kk kk kk .."),
@@ -295,7 +291,7 @@ def test_a_fault_keeps_what_is_in_doubt_and_nothing_else(
 
     monkeypatch.setattr(socket.socket, "connect", note)
     six_users.fault(*PLACES[case.place], reply, times=None if case.lasting else 1)
-    seconds = "0.5" if case.fault in ("no answer", "a drip of the body") else "60"
+    seconds = "1" if case.fault in ("no answer", "a drip of the body") else "60"
     flags = ("--cull-users", "--api-page-size=2", "--concurrency=1", f"--request-timeout={seconds}")
     result = cull_scripted("--timeout=1h", *flags)
 
@@ -331,9 +327,9 @@ def test_pauses_grow_and_are_as_long_as_the_hub_asks_but_not_longer_than_half_a_
     assert stop.waits == pauses
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("threads", [0, 3])
 def test_all_that_is_due_is_done_by_the_threads_there_are(
-    play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int
+    play: Play, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     names = [f"user-{number}" for number in range(30)]
     started: list[threading.Thread] = []

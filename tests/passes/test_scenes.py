@@ -438,6 +438,12 @@ LOOK = [
         exit=1,
         says=True,
     ),
+    Scene(
+        "a look that shows another user is none",
+        [idle("ann", "bob"), edit("GET /users/ann", lambda model: {**model, "name": "bob"})],
+        becomes={"ann": "failed", "bob": "culled"},
+        exit=1,
+    ),
     Scene("where no user can be looked at, the user list is read again", NO_LOOK, becomes={"cat": "culled"}),
     Scene(
         "if the user list breaks off when it is read again, the server is kept",
