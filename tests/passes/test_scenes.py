@@ -589,15 +589,11 @@ def answered(
     words: str, outcomes: tuple[str, str], *replies: Reply, exit: int = 0, tries: int = 1, says: Sequence[str] = ()
 ) -> Iterator[Scene]:
     """The scenes of a server and of a user; the last reply is given again and again."""
-    due = {"ann": (idle("ann"), "/users/ann/server"), "user ann": (user("ann"), "/users/ann")}
-    for (name, (given, path)), outcome in zip(due.items(), outcomes, strict=True):
+    both = {"ann": (idle("ann"), "/users/ann/server"), "user ann": (user("ann"), "/users/ann")}
+    for (name, (given, path)), outcome in zip(both.items(), outcomes, strict=True):
         yield Scene(
             f"{name}: {outcome} if the Hub answers {words}",
-            [
-                given,
-                *(fault("DELETE", path, reply) for reply in replies),
-                fault("DELETE", path, replies[-1], times=None),
-            ],
+            [given, fault("DELETE", path, *replies), fault("DELETE", path, replies[-1], times=None)],
             options="--cull-users",
             becomes={name: outcome},
             deletes=[name] * tries,
@@ -619,8 +615,8 @@ ANSWERS = [
     *(
         each
         for words, look in {"500": respond(500), "418": respond(418), "reset": reset()}.items()
-        for meanwhile_the_look_fails in [meanwhile(fault("GET", "/users/ann", look, times=None), respond(500))]
-        for each in answered(f"500, and then {words} to a look", FAILED, meanwhile_the_look_fails, exit=1)
+        for no_look in [fault("GET", "/users/ann", look, times=None)]
+        for each in answered(f"500, and then {words} to a look", FAILED, meanwhile(no_look, respond(500)), exit=1)
     ),
     *answered("418, after which nobody looks", FAILED, meanwhile(vanish, of_hub(418, "a teapot")), exit=1),
     *answered("403", FAILED, of_hub(403, "you may not"), exit=3, says=BOTH),
