@@ -729,7 +729,7 @@ def options(*rules: str) -> str:
 RULES = [
     *(
         Scene(
-            f"{' and '.join(sorted(stays)) or 'nobody'} stays with the rules {rules}",
+            f"kept with the rules {rules}: {', '.join(sorted(stays)) or 'nobody'}",
             RULED,
             options="--max-age=8h " + options(*rules),
             becomes=all_culled(*{ANN, GPU, BOB, ZOE} - stays),
@@ -838,7 +838,7 @@ def test_scene(scene: Scene, play: Play, scripted: ScriptedHub) -> None:
     check_always(play(scene), scripted)
 
 
-@pytest.mark.parametrize(("scene", "pages"), PAGES, ids=str)
+@pytest.mark.parametrize(("scene", "pages"), PAGES, ids=[scene.name for scene, _ in PAGES])
 def test_pages_asked_for(scene: Scene, pages: list[str], play: Play, scripted: ScriptedHub) -> None:
     check_always(play(scene), scripted)
     asked = ["GET /user", *(f"GET /users?{page}" for page in pages)]
