@@ -816,7 +816,7 @@ def check_always(result: Result, hub: ScriptedHub) -> None:
         assert request.headers["authorization"] == f"token {hub.token}"
         assert [name for name, value in request.headers.items() if hub.token in value] == ["authorization"]
         assert hub.token not in request.target + request.body.decode()
-        assert request.headers["accept"] == PAGINATION
+        assert (request.headers["accept"], request.headers["cache-control"]) == (PAGINATION, "no-cache")
         assert request.headers["user-agent"] == f"cull_idle/{cull_idle.__version__}"  # for the log of the Hub's proxy
         assert "cookie" not in request.headers
         # Nothing in a path can mean more than itself.
