@@ -637,6 +637,14 @@ ANSWERS = [
         exit=3,
         says=True,
     ),
+    Scene(
+        "after ten in a row that got no answer nothing else is started",
+        [idle(*"abcdefghijkl"), fault("DELETE", ".*", reset(), times=None)],
+        options="--concurrency=1 -v",
+        becomes=dict.fromkeys("abcdefghij", "failed"),
+        deletes=[*"abcdefghij"] * 4,
+        exit=1,
+    ),
     *(
         Scene(
             f"a {status} of a firewall to {method} concerns one server only",
@@ -869,7 +877,7 @@ def test_credentials_in_netrc_are_not_used(play: Play, scripted: ScriptedHub, tm
     check_always(play(Scene("", [idle("ann")], env=env, becomes={"ann": "culled"})), scripted)
 
 
-def test_concurrency_is_the_number_of_stops_in_flight_and_of_connections(play: Play, scripted: ScriptedHub) -> None:
+def test_four_at_a_time_is_four_stops_in_flight_and_four_connections_for_all(play: Play, scripted: ScriptedHub) -> None:
     names = "abcdefghijkl"
     four = threading.Barrier(4)
     stops = fault("DELETE", ".*", then_do(lambda: four.wait(30)), times=None)
