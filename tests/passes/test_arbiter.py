@@ -59,29 +59,25 @@ PROFILES = [
     active("cat", state={"profile_name": "small"}),
     lambda hub: hub.scopes.append("admin:server_state"),
 ]
+CULL = [
+    "def f(): return True",
+    "def f(*, user): return user['name'] == 'ann' and user['servers']['']['ready']",
+    "def f(**given): return sorted(given) == ['inactive', 'inactive_limit', 'server', 'user']",
+    "def f(inactive, inactive_limit, x=7): return inactive.total_seconds() < inactive_limit == 3600",
+    "import asyncio\nasync def f(server): return await asyncio.sleep(0, server['name'] == '')",
+    "class F:\n    def __call__(self, server): return True\nf = F()",
+    POSTPONED,
+]
+KEEP = ["def f(): return False", "def f(): return None"]
 TWELVE = {f"user-{number}": "culled" for number in range(12)}
 ARBITERS: list[tuple[str, Scene]] = [
     (DOCUMENTED, Scene("the reference's documented example", PROFILES, becomes={"bob": "culled"}, says=True)),
     (DOCUMENTED.replace("def f", "async def f"), Scene("the example made async", PROFILES, becomes={"bob": "culled"})),
     *(
-        (source, Scene(f"for an active server: {source!r}", [active("ann")], becomes=becomes))
-        for becomes, sources in (
-            (
-                {"ann": "culled"},
-                [
-                    "def f(): return True",
-                    "def f(*, user): return user['name'] == 'ann' and user['servers']['']['ready']",
-                    "def f(**given): return sorted(given) == ['inactive', 'inactive_limit', 'server', 'user']",
-                    "def f(inactive, inactive_limit, x=7): return inactive.total_seconds() < inactive_limit == 3600",
-                    "import asyncio\nasync def f(server): return await asyncio.sleep(0, server['name'] == '')",
-                    "class F:\n    def __call__(self, server): return True\nf = F()",
-                    POSTPONED,
-                ],
-            ),
-            ({}, ["def f(): return False", "def f(): return None"]),
-        )
-        for source in sources
+        (source, Scene(f"an active server is culled by {source!r}", [active("ann")], becomes={"ann": "culled"}))
+        for source in CULL
     ),
+    *((source, Scene(f"an idle server is kept by {source!r}", [idle("ann")])) for source in KEEP),
     (
         "def f(server): return 1 / server['user_options']['x'] > 0",
         Scene(
