@@ -419,7 +419,11 @@ LOOK = [
     ),
     Scene(
         "a server that has been in use meanwhile is spared, and the others are stopped",
-        [server("ann", 4 * HOUR), server("bob", 4 * HOUR), fault("GET", "/users/ann", meanwhile(comes_back(LONG_AGO)))],
+        [
+            server("ann", 2 * LONG_AGO),
+            server("bob", 2 * LONG_AGO),
+            fault("GET", "/users/ann", meanwhile(comes_back(LONG_AGO))),
+        ],
         options="--timeout=3h",
         becomes={"ann": "spared", "bob": "culled"},
         says=True,
@@ -753,7 +757,7 @@ RULES = [
     ),
     Scene(
         "a dry run names the rules that decide about servers and users",
-        [idle("ann", "bob"), user("bot"), user("cat", 4 * HOUR)],
+        [idle("ann", "bob"), user("bot"), user("cat", 2 * LONG_AGO)],
         options="--dry-run -v --timeout=3h --cull-users " + options("user=bo* keep", "user=a* timeout=90m"),
         says=True,
     ),
