@@ -19,9 +19,9 @@ CHANGING = (  # what differs from run to run, and what stands in place of it
     (re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE), ""),
     (re.compile(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
     (re.compile(r"127\.0\.0\.1:\d+"), "HUB"),
-    (re.compile(r"(?<= in )\d+\.\ds(?=;|$)", re.MULTILINE), "N s"),
+    (re.compile(r"(?<= in )\d+\.\d+s\b|(?<=not down after )\d+s"), "N s"),
     (re.compile(r"(?<=[m ])\d+s(?= ago)"), "…s"),
-    (re.compile(r"(?<=_ssl\.c:)\d+"), "N"),
+    (re.compile(r'(?<=seconds": )\d+(\.\d+)?|(?<=_ssl\.c:)\d+'), "N"),
     (re.compile(r"/\S*/(popen-gw\d+|pytest-\d+)/[^\s:'\"]*?\d(?=/)"), "TMP"),
 )
 Says = Callable[[str], None]
