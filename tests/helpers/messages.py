@@ -19,7 +19,8 @@ CHANGING = (  # what differs from run to run, and what stands in place of it
     (re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", re.MULTILINE), ""),
     (re.compile(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
     (re.compile(r"127\.0\.0\.1:\d+"), "HUB"),
-    (re.compile(r"(?<= in )\d+(\.\d+)?s$", re.MULTILINE), "N s"),
+    (re.compile(r"(?<= in )\d+\.\d+s\b"), "N s"),
+    (re.compile(r'(?<=seconds": )\d+(\.\d+)?'), "N"),
     (re.compile(r"/\S*/(popen-gw\d+|pytest-\d+)/[^\s:'\"]*?\d(?=/)"), "TMP"),
 )
 Says = Callable[[str], None]
