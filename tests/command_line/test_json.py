@@ -419,6 +419,9 @@ def test_a_full_disk_is_one_error(scripted: ScriptedHub, start: Start, says: Say
         assert culler.process.wait(30) == 1
         said.add(culler.said())
     says("".join(said))
+    with Path("/dev/full").open("wb") as full:
+        culler = start(scripted, "--dry-run", stdout=full, stderr=full)
+    assert culler.process.wait(30) == 1  # not the 120 of a Python that cannot write at its end
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -1,4 +1,4 @@
-"""The program as a process of its own: for signals, loops, pipes and terminals. The one way to wait for something."""
+"""The program as a process of its own, for signals, streams and terminals. The one way to wait for something."""
 
 from __future__ import annotations
 
@@ -82,16 +82,7 @@ Start = Callable[..., Running]
 """Starts the program with a Hub and arguments."""
 
 
-# Without a terminal, and in one
-
-
-def in_pipe(hub: AnyHub, *args: str, env: Mapping[str, str] | None = None) -> tuple[bytes, bytes]:
-    """Run `cull_idle.py --once --url HUB ARGS` without a terminal; returns its stdout and its stderr."""
-    done = subprocess.run(
-        [*RUN, "--once", "--url", hub.url, *args], env=environment(hub, env or {}), capture_output=True, check=True
-    )
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return done.stdout, done.stderr
+# In a terminal
 
 
 class Screen:
