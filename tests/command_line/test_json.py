@@ -389,7 +389,7 @@ def test_when_its_output_is_closed_requests_in_flight_finish_and_no_other_starts
     may_finish.release()
     culler.wait_for(lambda: len(Result(0, "", culler.said()).outcomes) == 2)  # the second after it could not be printed
     may_finish.release(30)
-    assert culler.process.wait(30) == 1
+    assert culler.wait() == 1
     begun = {request.segments[1] for request in scripted.requests if request.method == "DELETE"}
     assert names - scripted.running() == begun
     assert len(begun) <= 5
@@ -408,7 +408,7 @@ def test_a_long_dry_run_ends_quietly_when_its_output_is_closed(
     culler = start(scripted, "--timeout=1h", "--dry-run", form, stdout=writer)
     assert os.read(reader, 10)
     os.close(reader)
-    assert (culler.process.wait(30), culler.said()) == (1, "")
+    assert (culler.wait(), culler.said()) == (1, "")
 
 
 def test_a_full_disk_is_one_error(scripted: ScriptedHub, start: Start, says: Says) -> None:
@@ -416,12 +416,12 @@ def test_a_full_disk_is_one_error(scripted: ScriptedHub, start: Start, says: Say
     for args in ("--dry-run", "--once --json -q", "--help"):
         with Path("/dev/full").open("wb") as full:
             culler = start(scripted, *args.split(), stdout=full)
-        assert culler.process.wait(30) == 1
+        assert culler.wait() == 1
         said.add(culler.said())
     says("".join(said))
     with Path("/dev/full").open("wb") as full:
         culler = start(scripted, "--dry-run", stdout=full, stderr=full)
-    assert culler.process.wait(30) == 1  # not the 120 of a Python that cannot write at its end
+    assert culler.wait() == 1  # not the 120 of a Python that cannot write at its end
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

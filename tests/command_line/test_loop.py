@@ -448,4 +448,4 @@ def test_a_ctrl_c_says_that_another_one_quits_and_a_second_signal_does(
     assert b"Ctrl-C again" in read_some(screen)
     assert culler.process.poll() is None
     os.kill(pid, number)
-    assert culler.process.wait(30) == (128 + number if pid_1 else -number)
+    assert culler.wait() == (128 + number if pid_1 else -number)

@@ -108,13 +108,11 @@ def test_the_command_runs_for_what_is_warned_done_or_failed_and_for_a_pass_that_
     assert all(notice.stdin.endswith("}\n") for notice in recorder.notices)
 
 
-@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["table", "JSON"])
-def test_a_dry_run_runs_nothing(
-    cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, json_too: list[str]
-) -> None:
+def test_a_dry_run_runs_nothing(cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder) -> None:
     idle("ann")(scripted)
     server("dan", NEARLY_DUE)(scripted)
-    assert cull_scripted("--dry-run", *WARN, "--notify", recorder.command, *json_too).exit_code == 0
+    for more in ([], ["--json"]):
+        assert cull_scripted("--dry-run", *WARN, "--notify", recorder.command, *more).exit_code == 0
     assert recorder.notices == []
 
 
@@ -146,20 +144,18 @@ def test_odd_names_are_passed_unchanged(cull_scripted: Cull, scripted: ScriptedH
     assert {(notice.facts["user"], notice.facts["server"]) for notice in recorder.notices} == named
 
 
-@pytest.mark.parametrize(
-    "name", ["nul\0", "half\ud800", "x" * 300_000], ids=["a NUL", "half a character", "a name that is too long"]
-)
 def test_a_name_that_no_variable_can_hold_costs_only_its_own_notice(
-    cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, name: str
+    cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder
 ) -> None:
     def rename(page: dict[str, Any]) -> dict[str, Any]:
-        return {**page, "items": [{**page["items"][0], "name": name}, page["items"][1]]}
+        odd, ann = page["items"]
+        return {**page, "items": [*({**odd, "name": name} for name in ("nul\0", "half\ud800", "x" * 300_000)), ann]}
 
     server("odd", NEARLY_DUE)(scripted)
     server("ann", NEARLY_DUE)(scripted)
     scripted.fault("GET", "/users", edited(rename))
     result = cull_scripted(*WARN, "-q", "--notify", recorder.command)
-    assert (result.exit_code, len(result.errors), len(result.lines)) == (0, 1, 1)
+    assert (result.exit_code, len(result.errors), len(result.lines)) == (0, 3, 3)
     assert [notice.variables[1] for notice in recorder.notices] == ["ann"]
 
 
@@ -172,7 +168,7 @@ def test_a_name_that_no_variable_can_hold_costs_only_its_own_notice(
         pytest.param(False, TOKEN, id="of a variable"),
     ],
 )
-def test_no_token_is_in_the_environment_or_the_input(
+def test_no_token_is_in_the_environment_the_input_or_the_log(
     cull_scripted: Cull, scripted: ScriptedHub, recorder: Recorder, tmp_path: Path, in_variable: str, *, in_file: bool
 ) -> None:
     file = tmp_path / "token"
@@ -181,10 +177,10 @@ def test_no_token_is_in_the_environment_or_the_input(
     server("dan", NEARLY_DUE)(scripted)
     env = {"JPY_API_TOKEN": TOKEN, "CURL_HEADER": f"Authorization: token {TOKEN}", "HARMLESS": "seen"}
     arguments = ("--json", "-v", *WARN, "--notify", recorder.command, *([f"--token-file={file}"] if in_file else []))
-    cull_scripted(*arguments, token=in_variable, env=env)
+    result = cull_scripted(*arguments, token=in_variable, env=env)
     (notice,) = recorder.notices
     assert notice.environment["HARMLESS"] == "seen"
-    assert not [token for token in (TOKEN, OTHER_TOKEN) if token in str(notice)]
+    assert not [token for token in (TOKEN, OTHER_TOKEN) if token in f"{notice} {result}"]
 
 
 # Commands that do not behave
@@ -229,7 +225,7 @@ def test_a_process_that_a_command_leaves_behind_is_not_waited_for(
 def test_its_stderr_is_that_of_the_program(scripted: ScriptedHub, start: Start) -> None:
     idle("ann")(scripted)
     culler = start(scripted, "--once", *CULL, "--notify", "sh -c 'echo printed; echo complained >&2'")
-    assert (culler.process.wait(30), culler.said()) == (0, "complained\n")
+    assert (culler.wait(), culler.said()) == (0, "complained\n")
 
 
 def test_a_command_that_cannot_be_run_any_more(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 
 import pytest
@@ -284,5 +285,4 @@ def test_a_terminal_that_goes_away_does_not_end_a_loop(scripted: ScriptedHub, st
     assert b"culled" in read_some(terminal)
     os.close(terminal)
     culler.wait_for(lambda: not scripted.running())
-    culler.process.terminate()
-    assert culler.process.wait(30) == 0
+    assert culler.end(signal.SIGTERM) == 0

@@ -25,13 +25,14 @@ PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 RUN = (sys.executable, "-m", "cull_idle")  # compiled only once, as it is where it is installed
 LOOP = ("--timeout=1h", "--cull-every=1s")
 LOGGED_AT = re.compile(r"\d\d:\d\d:\d\d (?=DEBUG|INFO|WARNING|ERROR)")  # in a terminal
+PATIENCE = 60  # seconds after which a test that waits fails; on a loaded machine a start takes several
 ROWS = 60  # of a terminal: more than any test needs, so that nothing is scrolled away
 NOT_KEPT = ("CULL_IDLE_", "JUPYTERHUB_", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONUNBUFFERED")
 
 
 def wait_for(condition: Callable[[], object], said: Callable[[], str] = lambda: "it does not come true") -> None:
     """Wait until something that another thread or process does is true; fail with what is `said` if that takes long."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, said()
         time.sleep(0.02)
@@ -72,10 +73,14 @@ class Running:
 
         wait_for(holds, self.said)
 
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+        return self.process.wait(PATIENCE)
+
     def end(self, number: signal.Signals) -> int:
-        """Send a signal, and wait for the end; returns the exit code."""
+        """Send a signal, and wait for the end."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.wait()
 
 
 Start = Callable[..., Running]
