@@ -178,7 +178,7 @@ def test_a_hub_that_is_gone_ends_the_pass(
     for number in range(10):
         user(f"empty{number}")(scripted)
     scripted.fault(method, "/users/.*", reply, times=None)
-    result = cull_scripted("--timeout=1h", "--cull-users", "--request-timeout=1s", f"--concurrency={concurrency}")
+    result = cull_scripted("--timeout=1h", "--cull-users", "--request-timeout=2s", f"--concurrency={concurrency}")
     assert result.exit_code == 1
     assert (len(scripted.running()), len(scripted.users)) == (100, 110)
     # There are no pauses, so a few more fail before the pass ends.
@@ -216,7 +216,7 @@ def test_stops_that_take_too_long_are_all_tried(cull_scripted: Cull, scripted: S
     """They say nothing about the Hub: a pass would end after 16 that do."""
     idle(*crowd(24))(scripted)
     scripted.fault("DELETE", ".*", hang(), times=None)
-    result = cull_scripted("--timeout=1h", "--concurrency=8", "--request-timeout=1s")
+    result = cull_scripted("--timeout=1h", "--concurrency=8", "--request-timeout=2s")
     assert (result.exit_code, result.counts) == (1, {"running": 24, "due": 24, "failed": 24})
 
 
@@ -349,6 +349,13 @@ def test_requests_in_flight_finish_and_no_other_is_sent_after_a_signal(
     assert result.exit_code == (0 if not once else 1 if reply == "they work" else phase.fails)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert not [thread for thread in threading.enumerate() if thread.name == "cull_idle"]
+
+
+def test_once_is_interrupted_even_if_all_is_done(cull: Cull, scripted: ScriptedHub, tell_to_stop: Tell) -> None:
+    idle("ann")(scripted)
+    scripted.fault("DELETE", ".*", then_do(tell_to_stop))
+    result = cull("--once", "--url", scripted.url, "--timeout=1h", token=scripted.token)
+    assert (result.exit_code, result.outcomes) == (1, {"ann": "culled"})
 
 
 def test_a_signal_ends_the_pause_before_another_try(
