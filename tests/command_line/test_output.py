@@ -74,8 +74,12 @@ TABLES = [
     ),
     Scene(
         "with --json the log says it, and with -v what is kept",
-        [idle("ann"), server("bob", 90.0), having(scopes=["list:users", "read:users:activity", "read:servers"])],
-        "--dry-run --json -v",
+        [
+            idle("ann"),
+            server("bob", HOUR + 30),
+            having(scopes=["list:users", "read:users:activity", "read:servers"]),
+        ],
+        "--dry-run --json -v --timeout=90m",
         becomes={"bob": "kept"},
         says=True,
     ),
