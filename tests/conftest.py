@@ -18,7 +18,7 @@ import messages
 import pytest
 from hub import RealHub
 from messages import Says
-from processes import AnyHub, Running, Start, token_of
+from processes import AnyHub, Running, Start, token_of, wait_for
 from runs import Cull, Loop, Result, RunLoop
 from scenes import Play, Scene
 from scripted_hub import DROP, ScriptedHub
@@ -98,7 +98,8 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def tell_to_stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Send this process a SIGTERM, and wait until the program, which runs in it, has taken it.
 
-    `beside` the main thread it comes as if just before that begins to wait: it does not interrupt the wait.
+    A signal that comes just before the main thread begins to wait does not interrupt that. Others, which nobody minds,
+    see to it that this one is taken; `beside` the main thread, the program has to notice it by itself.
     """
     stops: list[threading.Event] = []
     stop_signals = cull_idle.stop_signals
@@ -110,15 +111,25 @@ def tell_to_stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
             yield stop
 
     def tell(*, beside: bool = False) -> None:
-        thread = threading.get_ident() if beside else threading.main_thread().ident
-        assert thread
-        signal.pthread_kill(thread, signal.SIGTERM)
-        assert stops[-1].wait(30)
+        main_thread = threading.main_thread().ident
+        assert main_thread
+        signal.pthread_kill(threading.get_ident() if beside else main_thread, signal.SIGTERM)
+
+        def taken() -> bool:
+            if not beside:
+                signal.pthread_kill(main_thread, signal.SIGWINCH)
+            return stops[-1].is_set()
+
+        wait_for(taken)
 
     monkeypatch.setattr(cull_idle, "stop_signals", noted)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda number, frame: None),
+    }
     yield tell
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 from hub import RealHub
 from messages import Says
-from processes import LOOP, RUN, Start, open_terminal, read_some
+from processes import LOOP, PATIENCE, RUN, Start, open_terminal, read_some
 from runs import Cull, Result, RunLoop
 from scenes import idle, user
 from scripted_hub import (
@@ -323,6 +323,7 @@ REPLIES = {
 }
 
 
+@pytest.mark.usefixtures("watch")  # a decision that takes more than a second is looked at again
 @pytest.mark.parametrize("once", [[], ["--once"]], ids=["loop", "once"])
 @pytest.mark.parametrize("reply", REPLIES)
 @pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES)
@@ -336,7 +337,7 @@ def test_requests_in_flight_finish_and_no_other_is_sent_after_a_signal(
         lines_before.extend(ten_users.lines())
         tell_to_stop()
 
-    all_are_there = threading.Barrier(phase.at_once, tell, timeout=30)
+    all_are_there = threading.Barrier(phase.at_once, tell, timeout=PATIENCE)
     ten_users.fault(phase.method, phase.pattern, then_do(all_are_there.wait, REPLIES[reply]), times=None)
     arguments = ("--timeout=1h", "--cull-users", "--api-page-size=2", "--concurrency=2", *once)
     result = cull("--url", ten_users.url, *arguments, token=ten_users.token)
