@@ -208,9 +208,7 @@ ALL_12 = [f"{number} of 12" for number in range(1, 13)]
 @pytest.mark.parametrize(
     ("due", "arguments", "counts"),
     [
-        pytest.param(
-            12, "--warn-before=15m --api-page-size=12", ALL_12, id="each line counts if more than ten are due"
-        ),
+        pytest.param(12, "--warn-before=15m", ALL_12, id="each line counts if more than ten are due"),
         pytest.param(12, "-v", ALL_12, id="each failure counts, too"),
         pytest.param(12, "-q", [], id="nothing is said with -q"),
         pytest.param(12, "--dry-run", [], id="nothing counts in a dry run"),
