@@ -331,14 +331,6 @@ def test_a_wrong_option_prints_nothing_on_stdout(cull_scripted: Cull, args: list
     assert (result.exit_code, result.out) == (2, "")
 
 
-def test_nothing_but_json_goes_to_stdout(cull_scripted: Cull, scripted: ScriptedHub, tmp_path: Path) -> None:
-    for given in EVERYBODY:
-        given(scripted)
-    env = {"CULL_IDLE_NOTIFY": "sh -c 'cat; echo heard'", "FORCE_COLOR": "1"}
-    more = ("--warn-before=15m", "--max-culls=90%", f"--metrics-file={tmp_path / 'cull_idle.prom'}")
-    assert told(cull_scripted("--json", "-v", "--timeout=1h", *more, env=env)).total["culled"] == 2
-
-
 def test_a_pass_of_a_loop_that_fails_has_its_line_too(loop: RunLoop, scripted: ScriptedHub) -> None:
     scripted.fault("GET", "/users", normal(), of_hub(403), normal())
     passes = loop(scripted, "--json", between=[lambda: None] * 2).passes
@@ -361,6 +353,17 @@ def test_a_line_is_printed_before_the_pass_ends(scripted: ScriptedHub, start: St
     opened.set()
     wait_for(lambda: culler.said().count("\n") == 3)
     assert told(Result(0, culler.said(), "")).outcomes == {"ann": "culled", "bob": "culled"}
+
+
+def test_nothing_but_json_goes_to_stdout(scripted: ScriptedHub, start: Start, tmp_path: Path) -> None:
+    for given in EVERYBODY:
+        given(scripted)
+    out, metrics = tmp_path / "out", tmp_path / "cull_idle.prom"
+    arguments = ("--once", "--json", "-v", "--timeout=1h", "--warn-before=15m", f"--metrics-file={metrics}")
+    with out.open("wb") as file:
+        culler = start(scripted, *arguments, "--notify", "sh -c 'cat; echo heard'", stdout=file)
+    assert culler.wait() == 0
+    assert told(Result(0, out.read_text(), "")).total["culled"] == 2
 
 
 @pytest.fixture
