@@ -8,16 +8,17 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import messages
 import pytest
 from hub import RealHub
 from messages import Says
-from processes import Running, Start
+from processes import AnyHub, Running, Start, token_of, wait_for
 from runs import Cull, Loop, Result, RunLoop
 from scenes import Play, Scene
 from scripted_hub import DROP, ScriptedHub
@@ -72,7 +73,7 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     In the last pause comes a SIGTERM. No request is tried twice.
     """
 
-    def run(hub: RealHub | ScriptedHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
+    def run(hub: AnyHub, *args: str, between: Sequence[Callable[[], object]] = ()) -> Loop:
         steps: Iterator[Callable[[], object]] = iter([*between, functools.partial(signal.raise_signal, signal.SIGTERM)])
         pauses: list[float] = []
         said: list[tuple[str, str]] = []
@@ -82,12 +83,11 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             said.append(capsys.readouterr())
             next(steps)()
 
-        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
         handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with monkeypatch.context() as patch:
             patch.setattr(cull_idle, "wait_in_slices", next_step)
             patch.setattr(cull_idle, "PAUSES", ())
-            end = cull("--url", hub.url, *args, token=token)
+            end = cull("--url", hub.url, *args, token=token_of(hub))
         signal.signal(signal.SIGTERM, handler)
         return Loop(end.exit_code, [Result(0, *streams) for streams in said], pauses, end.err)
 
@@ -95,18 +95,41 @@ def loop(cull: Cull, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 @pytest.fixture
-def tell_to_stop() -> Iterator[Callable[[], None]]:
-    """Send this process a SIGTERM, and wait until the program has taken it. Without the program, it is ignored."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def tell_to_stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Send this process a SIGTERM, and wait until the program, which runs in it, has taken it.
 
-    def tell() -> None:
+    A signal that comes just before the main thread begins to wait does not interrupt that. Others, which nobody minds,
+    see to it that this one is taken; `beside` the main thread, the program has to notice it by itself.
+    """
+    stops: list[threading.Event] = []
+    stop_signals = cull_idle.stop_signals
+
+    @contextmanager
+    def noted() -> Iterator[threading.Event]:
+        with stop_signals() as stop:
+            stops.append(stop)
+            yield stop
+
+    def tell(*, beside: bool = False) -> None:
         main_thread = threading.main_thread().ident
         assert main_thread
-        signal.pthread_kill(main_thread, signal.SIGTERM)
-        time.sleep(0.05)
+        signal.pthread_kill(threading.get_ident() if beside else main_thread, signal.SIGTERM)
 
+        def taken() -> bool:
+            if not beside:
+                signal.pthread_kill(main_thread, signal.SIGWINCH)
+            return stops[-1].is_set()
+
+        wait_for(taken)
+
+    monkeypatch.setattr(cull_idle, "stop_signals", noted)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda number, frame: None),
+    }
     yield tell
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -139,12 +162,11 @@ def elsewhere() -> Iterator[ScriptedHub]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start `cull_idle.py --url HUB ARGS`; it is killed at the end if it still runs."""
+    """Start `cull_idle.py --url HUB ARGS`, with other streams as Running takes them; it is killed if it still runs."""
     started: list[Running] = []
 
-    def run(hub: RealHub | ScriptedHub, *args: str) -> Running:
-        token = hub.token if isinstance(hub, ScriptedHub) else hub.culler_token
-        started.append(Running(hub.url, token, *args, log=tmp_path / f"log{len(started)}"))
+    def run(hub: AnyHub, *args: str, **streams: Any) -> Running:
+        started.append(Running(hub, *args, log=tmp_path / f"log{len(started)}", **streams))
         return started[-1]
 
     yield run

@@ -6,25 +6,26 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 from unittest.mock import patch
 
 import pytest
-from hub import IDLE, RealHub
-from processes import RUN
+from messages import Says
+from processes import Start, wait_for
 from readme_text import section
-from runs import TIMESTAMP, Cull, Result
+from runs import Cull, Result, RunLoop
+from scenes import Given, Play, Scene, active, fault, having, idle, server, user
 from scripted_hub import (
     HOUR,
     LONG_AGO,
-    Answer,
+    NEARLY_DUE,
     Exchange,
     Reply,
     ScriptedHub,
@@ -33,7 +34,6 @@ from scripted_hub import (
     of_hub,
     respond,
     respond_json,
-    slow,
     then_do,
 )
 
@@ -74,16 +74,12 @@ REPORTED = [outcome for outcome in get_args(cull_idle.Outcome) if outcome != "ke
 SERVER = events(event={"const": "server"}, user=NAME, server=NAME, action={"enum": ["stop", "remove"]})
 USER = events(event={"const": "user"}, user=NAME, server=NOTHING, action={"const": "delete"})
 COUNTS = ("culled", "stopping", "gone", "spared", "failed", "deleted", "left_undone", "warned")
-ASKED = ("asked", "busy", "no_answer")
 PASS = objects(
     event={"const": "pass"},
     started=TIME,
     hub={"type": "string", "pattern": "^https?://"},
     version=MAYBE_TEXT,
-    running=COUNT,
-    idle=COUNT,
-    planned=COUNT,
-    **dict.fromkeys((*COUNTS, *ASKED), COUNT),
+    **dict.fromkeys(("running", "idle", "planned", *COUNTS, "asked", "busy", "no_answer"), COUNT),
     seconds={"type": "number", "minimum": 0},
     dry_run={"type": "boolean"},
     error=MAYBE_TEXT,
@@ -112,26 +108,32 @@ def valid(line: str) -> dict[str, Any]:
 
 
 class Told(NamedTuple):
-    """The output of one pass."""
+    """The events of one pass, and its last line."""
 
-    result: Result
     events: list[dict[str, Any]]
     total: dict[str, Any]
-    """The pass object."""
 
     @property
-    def outcomes(self) -> dict[str, tuple[str, str]]:
-        """Action and outcome of `ann`, `ann/gpu` and `user ann`."""
-        names = {"user": "user {user}", "server": "{user}/{server}"}
+    def outcomes(self) -> dict[str, str]:
+        """Outcomes as the log has them: {"ann/gpu": "culled", "user eve": "deleted"}."""
         return {
-            names[event["event"]].format(**event).removesuffix("/"): (event["action"], event["outcome"])
+            name_of(event): "deleted"
+            if (event["action"], event["outcome"]) == ("delete", "culled")
+            else event["outcome"]
             for event in self.events
         }
 
 
+def name_of(event: dict[str, Any]) -> str:
+    """`ann`, `ann/gpu` or `user ann`."""
+    name = f"user {event['user']}" if event["event"] == "user" else f"{event['user']}/{event['server']}"
+    return name.removesuffix("/")
+
+
 def told(result: Result) -> Told:
     """The output of one pass. Checks each line, and that the pass comes last and counts them."""
-    assert result.out == "" or result.out.endswith("\n")
+    assert result.out.endswith("\n")
+    assert result.out.isascii()
     *lines, total = map(valid, result.out.splitlines())
     assert total["event"] == "pass"
     assert {line["event"] for line in lines} <= {"server", "user"}
@@ -142,10 +144,7 @@ def told(result: Result) -> Told:
     assert total["planned"] == due
     assert total["left_undone"] == 0 or not total["dry_run"]
     assert {what: total[what] for what in COUNTS if what != "left_undone" and total[what]} == +counted
-    return Told(result, lines, total)
-
-
-# What the lines say
+    return Told(lines, total)
 
 
 @pytest.mark.parametrize(("number", "schemas"), [(0, [*SERVER, *USER]), (1, [PASS])], ids=["server and user", "pass"])
@@ -162,432 +161,279 @@ def test_the_readme_names_each_outcome() -> None:
     assert {word for each in SERVER for word in each["properties"]["outcome"]["enum"]} == set(REPORTED)
 
 
-def test_a_line_for_each_server_and_user_and_one_for_the_pass(hub: RealHub, cull_real: Cull) -> None:
-    hub.spawn_many(
-        [
-            ("ann", "", IDLE),
-            ("ann", "gpu", IDLE),
-            ("bob", "", {"idle_seconds": 90}),
-            ("cat", "", {**IDLE, "stop_seconds": 30}),
-            ("dan", "", {"idle_seconds": HOUR - 300}),
-        ]
-    )
-    hub.add_user("eve", idle_seconds=LONG_AGO, age_seconds=LONG_AGO)
-    args = ["--json", "--timeout=1h", "--warn-before=10m", "--cull-users", "--remove-named-servers"]
-    planned = told(cull_real("--dry-run", *args, token=hub.user_culler_token))
-    assert planned.outcomes == {
-        "ann": ("stop", "planned"),
-        "ann/gpu": ("remove", "planned"),
-        "cat": ("stop", "planned"),
-        "dan": ("stop", "warned"),
-        "user eve": ("delete", "planned"),
-    }
-    assert planned.total["dry_run"] is True
-    assert hub.running() == {"ann", "ann/gpu", "bob", "cat", "dan"}
-    done = told(cull_real(*args, token=hub.user_culler_token))
-    assert done.outcomes == {
-        "ann": ("stop", "culled"),
-        "ann/gpu": ("remove", "culled"),
-        "cat": ("stop", "stopping"),
-        "dan": ("stop", "warned"),
-        "user eve": ("delete", "culled"),
-    }
-    assert (done.total["running"], done.total["idle"], done.total["planned"]) == (5, 3, 4)
-    assert (done.total["hub"], done.total["version"][:2], done.total["error"]) == (hub.url, "6.", None)
-    assert done.result.outcomes == {
-        "ann": "culled",
-        "ann/gpu": "culled",
-        "cat": "stopping",
-        "dan": "warned",
-        "user eve": "deleted",
-    }
+# Each line is what the log says
 
 
-def test_a_line_has_the_times_and_the_reason_of_the_log(hub: RealHub, cull_real: Cull) -> None:
-    hub.spawn("ann", "gpu", idle_seconds=2 * HOUR + 90, age_seconds=20 * HOUR + 90)
-    done = told(cull_real("--json", "--timeout=1h"))
-    (event,) = done.events
-    assert event.pop("idle_seconds") == pytest.approx(2 * HOUR + 90, abs=25)
-    assert event.pop("age_seconds") == pytest.approx(20 * HOUR + 90, abs=25)
-    assert event == {
-        "event": "server",
-        "user": "ann",
-        "server": "gpu",
-        "action": "stop",
-        "outcome": "culled",
-        "reason": done.result.said["ann/gpu"].reason,
-        "due": None,
-        "error": None,
-    }
+EVERYBODY = [idle("ann", "ann/gpu"), active("bob"), server("dan", NEARLY_DUE), user("eve")]
 
 
-def test_a_warning_has_the_time_when_the_server_is_due(scripted: ScriptedHub, cull_scripted: Cull) -> None:
-    scripted.now = scripted.now.replace(hour=12, minute=0, second=0, microsecond=0)
-    scripted.add("ann", idle=HOUR - 600)
-    (event,) = told(cull_scripted("--json", "--timeout=1h", "--warn-before=15m")).events
-    assert event["due"] == f"{scripted.now:%Y-%m-%d}T12:10:00Z"
+def meanwhile(method: str, path: str, change: Callable[[ScriptedHub], object], of: Reply = Exchange.normal) -> Given:
+    """Somebody else does something while a request is on its way."""
+    return lambda hub: hub.fault(method, path, then_do(partial(change, hub), of))
 
 
-def test_a_pass_without_events_is_one_line(hub: RealHub, cull_real: Cull) -> None:
-    hub.spawn("bob", idle_seconds=90)
-    pass_alone = told(cull_real("--json", "--timeout=1h"))
-    assert pass_alone.events == []
-    assert (pass_alone.total["running"], pass_alone.total["idle"]) == (1, 0)
-
-
-def active_again(exchange: Exchange) -> Answer:
-    exchange.hub.touch("ann")
-    return exchange.normal()
-
-
-def stopped_by_another(exchange: Exchange) -> Answer:
-    exchange.hub.users["ann"].servers.clear()
-    return of_hub(404)(exchange)
-
-
-def deleted_by_another(exchange: Exchange) -> Answer:
-    del exchange.hub.users["eve"]
-    return of_hub(404)(exchange)
-
-
-FAULTS = {
-    "server spared": (("GET", "/users/ann", active_again), {"ann": ("stop", "spared")}),
-    "server gone": (("DELETE", "/users/ann/server", stopped_by_another), {"ann": ("stop", "gone")}),
-    "server failed": (
-        ("DELETE", "/users/ann/server", respond_json(500, {"message": "no\nway"})),
-        {"ann": ("stop", "failed")},
+SCENES = [
+    Scene(
+        "whatever is done",
+        [*EVERYBODY, idle("cat", stop_seconds=30.0), having(slow_stop=0.0)],
+        "--warn-before=15m --cull-users",
+        becomes={"ann": "culled", "ann/gpu": "culled", "cat": "stopping", "dan": "warned", "user eve": "deleted"},
     ),
-    "server stopping": (("DELETE", "/users/ann/server", respond(202)), {"ann": ("stop", "stopping")}),
-    "user gone": (("DELETE", "/users/eve", deleted_by_another), {"user eve": ("delete", "gone")}),
-    "user failed": (("DELETE", "/users/eve", respond_json(500, {})), {"user eve": ("delete", "failed")}),
-    "user stopping": (("DELETE", "/users/eve", respond(202)), {"user eve": ("delete", "stopping")}),
-    "user spared": (("DELETE", "/users/eve", of_hub(400)), {"user eve": ("delete", "spared")}),
-}
-
-
-@pytest.mark.parametrize(("fault", "expected"), FAULTS.values(), ids=FAULTS)
-def test_each_outcome_of_a_server_and_of_a_user(
-    scripted: ScriptedHub, cull_scripted: Cull, fault: tuple[str, str, Reply], expected: dict[str, tuple[str, str]]
-) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add_user("eve", idle=LONG_AGO)
-    scripted.fault(*fault, times=None)
-    done = told(cull_scripted("--json", "--timeout=1h", "--cull-users"))
-    assert done.outcomes == {"ann": ("stop", "culled"), "user eve": ("delete", "culled"), **expected}
-    for event in done.events:
-        assert (event["outcome"] == "failed") == ("500" in (event["error"] or ""))
-
-
-def test_failures_of_one_kind_are_counted_in_the_log_and_have_a_line_each(
-    scripted: ScriptedHub, cull_scripted: Cull
-) -> None:
-    for number in range(5):
-        scripted.add(f"user{number}", idle=LONG_AGO)
-    scripted.fault("DELETE", ".*", respond_json(500, {}), times=None)
-    done = told(cull_scripted("--json", "-q", "--timeout=1h"))
-    assert done.result.exit_code == 1
-    assert len(done.result.lines) == 2
-    assert [event["outcome"] for event in done.events] == ["failed"] * 5
-
-
-def test_unknown_times_are_null(scripted: ScriptedHub, cull_scripted: Cull) -> None:
-    scripted.add("ann", idle=LONG_AGO, started=None)
-    (event,) = told(cull_scripted("--json", "--timeout=1h")).events
-    assert event["age_seconds"] is None
-
-
-def test_a_clock_that_runs_back_makes_no_time_negative(scripted: ScriptedHub, cull_scripted: Cull) -> None:
-    scripted.add("ann", idle=-HOUR, age=9 * HOUR)
-    (event,) = told(cull_scripted("--json", "--timeout=1h", "--max-age=8h")).events
-    assert event["idle_seconds"] == 0
-
-
-ODD_NAMES = [
-    pytest.param("a\x00\x1b[2J\x07\x7f\x9b", id="control characters"),
-    pytest.param('a"b\\c/d', id="quotes"),
-    pytest.param("a\n{}\r\n\u2028\u2029\x85b", id="line ends"),
-    pytest.param("\u00fcn\u00ef \U0001f600 \u202e", id="Unicode"),
-    pytest.param("a\ud800", id="lone surrogate"),
-    pytest.param("\udc80\ud83d", id="two lone surrogates"),
-    pytest.param("", id="nothing"),
-    pytest.param("NaN", id="NaN"),
+    Scene("nothing to do", [active("ann")], says=True),
+    Scene("a server that is culled", [idle("ann/gpu")], becomes={"ann/gpu": "culled"}, says=True),
+    Scene(
+        "a server that cannot be stopped",
+        [idle("ann"), fault("DELETE", "/users/ann/server", respond_json(500, {"message": "no\nway"}), times=None)],
+        becomes={"ann": "failed"},
+        deletes=["ann"],
+        exit=1,
+        says=True,
+    ),
+    Scene(
+        "a server that is active again",
+        [idle("ann"), meanwhile("GET", "/users/ann", lambda hub: hub.touch("ann"))],
+        becomes={"ann": "spared"},
+    ),
+    Scene(
+        "a server that somebody else stops",
+        [idle("ann"), meanwhile("DELETE", ".*", lambda hub: hub.users["ann"].servers.clear(), of_hub(404))],
+        becomes={"ann": "gone"},
+        deletes=["ann"],
+    ),
+    Scene(
+        "a user whom somebody else deletes",
+        [user("eve"), meanwhile("DELETE", ".*", lambda hub: hub.users.clear(), of_hub(404))],
+        "--cull-users",
+        becomes={"user eve": "gone"},
+        deletes=["user eve"],
+    ),
+    *(
+        Scene(
+            f"a user who is {outcome}",
+            [user("eve"), fault("DELETE", "/users/eve", reply, times=None)],
+            "--cull-users",
+            becomes={"user eve": outcome},
+            deletes=["user eve"],
+            exit=exit_code,
+        )
+        for outcome, reply, exit_code in (
+            ("failed", respond_json(500, {}), 1),
+            ("stopping", respond(202), 0),
+            ("spared", of_hub(400), 0),
+        )
+    ),
 ]
 
 
-def test_a_dry_run_logs_what_is_kept_and_why_a_real_pass_would_do_less(
-    cull_scripted: Cull, scripted: ScriptedHub
-) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add("bob", idle=60)
-    scripted.scopes = ["list:users", "read:users:activity", "read:servers"]
-    result = cull_scripted("--timeout=1h", "--dry-run", "--json", "-v")
-    kept, lacks = (line for line in result.lines if re.search("kept|lacks", line))
-    assert kept.startswith("DEBUG    kept bob: idle ")
-    assert lacks.startswith("WARNING  the token lacks delete:servers: a real pass would stop nothing; add to ")
+@pytest.mark.parametrize("scene", SCENES, ids=Scene.__str__)
+def test_an_event_is_a_line(scene: Scene, play: Play) -> None:
+    done = told(play(replace(scene, options=f"--json {scene.options}")))
+    assert done.outcomes == scene.becomes
+    assert done.total["error"] is None
 
 
-def test_a_first_look_says_what_is_missing_though_nothing_is_due(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.scopes = ["list:users", "read:users:activity", "read:servers"]
-    assert any("the token lacks delete:servers" in line for line in cull_scripted("--dry-run").table)
-
-
-def test_a_dry_run_says_that_a_narrow_scope_covers_some_users_only(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.scopes = ["list:users", "read:users:activity", "read:servers", "delete:servers!group=gpu"]
-    (line,) = [line for line in cull_scripted("--dry-run", "--timeout=1h").table if line.startswith("But ")]
-    assert line.startswith("But the token has only delete:servers!group=gpu: ")
-
-
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["once", "dry run"])
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_an_odd_name_is_printed_as_the_hub_has_it(
-    scripted: ScriptedHub, cull_scripted: Cull, name: str, dry_run: list[str]
-) -> None:
-    def rename(page: dict[str, Any]) -> dict[str, Any]:
-        (user,) = page["items"]
-        servers = {name: {**user["servers"]["lab"], "name": name}}
-        return {**page, "items": [{**user, "name": name, "servers": servers}]}
-
-    scripted.add("ann", "lab", idle=LONG_AGO)
-    scripted.fault("GET", "/users", edited(rename))
-    scripted.fault("*", "/users/.*", respond_json(404, {"message": f"No user {name}"}), times=None)
-    done = told(cull_scripted("--json", "-v", "--timeout=1h", *dry_run))
-    for event in done.events:
-        assert (event["user"], event["server"]) == (name, name)
-    assert len(done.events) == done.total["planned"] == bool(name)
-    assert done.result.out.isascii()
-
-
-# A pass that failed
-
-
-class Failing(NamedTuple):
-    """A way for a pass to fail, the exit code, and a part of the error."""
-
-    arguments: list[str]
-    break_it: Callable[[ScriptedHub], object]
-    exit_code: int
-    error: str
-
-
-PASSES = {
-    "Hub down": Failing([], lambda hub: hub.pause_listening(), 3, "http://127.0.0.1:"),
-    "token refused": Failing([], lambda hub: setattr(hub, "token", "another"), 3, "403"),
-    "scope missing": Failing([], lambda hub: hub.scopes.remove("delete:servers"), 3, "delete:servers"),
-    "no API": Failing([], lambda hub: hub.fault("*", ".*", respond(200, b"hello"), times=None), 3, "--url"),
-    "list breaks off": Failing(
-        ["--api-page-size=1"], lambda hub: hub.fault("GET", "/users", normal(), respond(500), times=None), 1, "500"
+FAILURES = [
+    Scene("a Hub that is down", [ScriptedHub.pause_listening], exit=3),
+    Scene("a token that is refused", [fault("*", ".*", of_hub(403), times=None)], exit=3),
+    Scene(
+        "a list that breaks off",
+        [idle("ann", "bob"), fault("GET", "/users", normal(), respond(500), times=None)],
+        "--api-page-size=1",
+        becomes={"ann": "culled"},
+        exit=1,
     ),
-    "fuse": Failing(["--max-culls=1"], lambda hub: None, 1, "--max-culls"),
-    "unreadable rule": Failing(
-        ["--rule=group=x keep"], lambda hub: hub.scopes.remove("read:users:groups"), 3, "read:users:groups"
-    ),
+    Scene("a fuse that blows", [idle("ann", "bob")], "--max-culls=1", exit=1, says=True),
+]
+
+
+@pytest.mark.parametrize("scene", FAILURES, ids=Scene.__str__)
+def test_the_last_line_says_why_a_pass_failed(scene: Scene, play: Play) -> None:
+    result = play(replace(scene, options=f"--json {scene.options}"))
+    done = told(result)
+    assert done.outcomes == scene.becomes
+    assert result.errors == [f"ERROR    {done.total['error']}"]
+
+
+def test_each_failure_is_a_line_though_the_log_counts_them(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    idle(*"abcde")(scripted)
+    scripted.fault("DELETE", ".*", respond_json(500, {}), times=None)
+    result = cull_scripted("--json", "-q", "--timeout=1h")
+    assert told(result).outcomes == dict.fromkeys("abcde", "failed")
+    assert len(result.lines) == 2
+
+
+def test_a_dry_run_tells_what_is_planned_and_a_pass_does_it(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    for given in EVERYBODY:
+        given(scripted)
+    arguments = ("--json", "--timeout=1h", "--warn-before=15m", "--cull-users", "--remove-named-servers")
+    planned, done = told(cull_scripted("--dry-run", *arguments)), told(cull_scripted(*arguments))
+    for each, outcome in ((planned, "planned"), (done, "culled")):
+        assert {name_of(event): (event["action"], event["outcome"]) for event in each.events} == {
+            "ann": ("stop", outcome),
+            "ann/gpu": ("remove", outcome),
+            "dan": ("stop", "warned"),
+            "user eve": ("delete", outcome),
+        }
+        assert [each.total[name] for name in ("running", "idle", "planned", "warned")] == [4, 2, 3, 1]
+        assert each.total["dry_run"] == (each is planned)
+
+
+def test_times(cull_scripted: Cull, scripted: ScriptedHub) -> None:
+    """A time that is not known is null. A clock that runs back makes no time negative."""
+    scripted.now = scripted.now.replace(hour=12, minute=0, second=0, microsecond=0)
+    scripted.add("ann", idle=LONG_AGO, age=3 * HOUR + 30)
+    scripted.add("bob", idle=LONG_AGO, started=None)
+    scripted.add("cat", idle=-HOUR, age=9 * HOUR + 30)
+    scripted.add("dan", idle=HOUR - 600)
+    found = told(cull_scripted("--json", "--timeout=1h", "--max-age=8h", "--warn-before=15m")).events
+    assert {event["user"]: event["due"] for event in found if event["due"]} == {
+        "dan": f"{scripted.now:%Y-%m-%d}T12:10:00Z"
+    }
+    minutes = {
+        event["user"]: [event[f"{what}_seconds"] and event[f"{what}_seconds"] // 60 for what in ("idle", "age")]
+        for event in found
+    }
+    assert minutes == {"ann": [120, 180], "bob": [120, None], "cat": [0, 540], "dan": [50, 51]}
+
+
+ODD_NAMES = {
+    "a\x00\x1b[2J\x07\x7f\x9b",
+    'a"b\\c/d',
+    "a\n{}\r\n\u2028\u2029\x85b",
+    "\u00fcn\u00ef \U0001f600 \u202e",
+    "a\ud800",  # half a character
+    "\udc80\ud83d",
+    "NaN",
+    "",
 }
 
 
-@pytest.mark.parametrize("failing", PASSES.values(), ids=PASSES)
-def test_a_failed_pass_has_its_error_in_the_last_line(
-    scripted: ScriptedHub, cull_scripted: Cull, failing: Failing
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["once", "dry run"])
+def test_an_odd_name_is_printed_as_the_hub_has_it(
+    cull_scripted: Cull, scripted: ScriptedHub, dry_run: list[str]
 ) -> None:
-    token = scripted.token
-    for name in ("ann", "bob"):
-        scripted.add(name, idle=LONG_AGO)
-    failing.break_it(scripted)
-    done = told(cull_scripted("--json", "-q", "--timeout=1h", *failing.arguments, token=token))
-    assert done.result.exit_code == failing.exit_code
-    assert failing.error in done.total["error"]
-    assert done.result.lines[0] == f"ERROR    {done.total['error']}"
-    assert len(done.events) == done.total["culled"] == (1 if "--api-page-size=1" in failing.arguments else 0)
+    def rename(page: dict[str, Any]) -> dict[str, Any]:
+        (user,) = page["items"]
+        (model,) = user["servers"].values()
+        named = [{**user, "name": name, "servers": {name: {**model, "name": name}}} for name in ODD_NAMES]
+        return {**page, "items": named}
 
-
-def test_a_pass_without_a_list_counts_nothing(scripted: ScriptedHub, cull_scripted: Cull) -> None:
-    scripted.scopes.remove("list:users")
-    done = told(cull_scripted("--json", "-q", "--timeout=1h"))
-    counts = {name: count for name, count in done.total.items() if type(count) is int}
-    assert counts == dict.fromkeys(counts, 0)
-    assert counts.keys() >= {"running", "idle", "planned", "culled", "left_undone"}
-
-
-def test_a_pass_without_permission_leaves_the_rest_undone(scripted: ScriptedHub, cull_scripted: Cull) -> None:
-    for number in range(4):
-        scripted.add(f"user{number}", idle=LONG_AGO)
-    scripted.fault("DELETE", ".*", of_hub(403), times=None)
-    done = told(cull_scripted("--json", "-q", "--timeout=1h", "--concurrency=1"))
-    assert (done.total["failed"], done.total["left_undone"]) == (1, 3)
-    assert done.result.exit_code == 3
+    idle("ann/lab")(scripted)
+    scripted.fault("GET", "/users", edited(rename))
+    scripted.fault("*", "/users/.*", respond_json(404, {"message": "No such user"}), times=None)
+    done = told(cull_scripted("--json", "-v", "--timeout=1h", *dry_run))
+    assert {(event["user"], event["server"]) for event in done.events} == {(name, name) for name in ODD_NAMES if name}
 
 
 @pytest.mark.parametrize("args", [["--timeout=x"], ["--token-file=/nowhere/token"]], ids=str)
-def test_a_wrong_option_prints_nothing_on_stdout(scripted: ScriptedHub, cull_scripted: Cull, args: list[str]) -> None:
+def test_a_wrong_option_prints_nothing_on_stdout(cull_scripted: Cull, args: list[str]) -> None:
     result = cull_scripted("--json", *args)
     assert (result.exit_code, result.out) == (2, "")
 
 
+def test_a_pass_of_a_loop_that_fails_has_its_line_too(loop: RunLoop, scripted: ScriptedHub) -> None:
+    scripted.fault("GET", "/users", normal(), of_hub(403), normal())
+    passes = loop(scripted, "--json", between=[lambda: None] * 2).passes
+    assert [told(each).total["error"] is None for each in passes] == [True, False, True]
+
+
 # As a process: lines come at once, and somebody may stop reading
 
-
-class Piped:
-    """A cull_idle.py whose output goes through pipes."""
-
-    def __init__(self, hub: ScriptedHub, *args: str, stdout: int | IO[bytes] = subprocess.PIPE) -> None:
-        self.process = subprocess.Popen(
-            [*RUN, "--url", hub.url, "--timeout=1h", *args],
-            env={**os.environ, "JUPYTERHUB_API_TOKEN": hub.token, "PYTHONUNBUFFERED": ""},
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-        )
-        self.deadline = threading.Timer(20, self.process.kill)
-        self.deadline.start()
-
-    def line(self) -> dict[str, Any]:
-        assert self.process.stdout
-        return valid(self.process.stdout.readline().decode())
-
-    def stop_reading(self) -> None:
-        assert self.process.stdout
-        self.process.stdout.close()
-
-    def end(self) -> tuple[int, list[str]]:
-        """Its exit code, and the lines of the log."""
-        assert self.process.stderr
-        log = TIMESTAMP.sub("", self.process.stderr.read().decode()).splitlines()
-        return self.process.wait(), log
-
-
-Start = Callable[..., Piped]
-
-
-@pytest.fixture
-def start(scripted: ScriptedHub) -> Iterator[Start]:
-    """Start cull_idle.py against the scripted Hub with arguments."""
-    started: list[Piped] = []
-
-    def run(*args: str, **more: Any) -> Piped:
-        started.append(Piped(scripted, *args, **more))
-        return started[-1]
-
-    yield run
-    for each in started:
-        each.deadline.cancel()
-        each.process.kill()
-        each.process.wait()
-        for pipe in (each.process.stdout, each.process.stderr):
-            if pipe:
-                pipe.close()
-
-
-class Gate:
-    """Requests that the Hub answers only when it is opened."""
-
-    def __init__(self, hub: ScriptedHub, method: str, pattern: str) -> None:
-        self.arrived, self.opened = threading.Event(), threading.Event()
-        hub.fault(method, pattern, self._reply, times=None)
-
-    def _reply(self, exchange: Exchange) -> Answer:
-        self.arrived.set()
-        assert self.opened.wait(20)
-        return exchange.normal()
-
-
-LOOP_AND_ONCE = pytest.mark.parametrize("once", [["--cull-every=1s"], ["--once"]], ids=["loop", "once"])
+LOOP_AND_ONCE = pytest.mark.parametrize("once", [[], ["--once"]], ids=["loop", "once"])
 
 
 @LOOP_AND_ONCE
 def test_a_line_is_printed_before_the_pass_ends(scripted: ScriptedHub, start: Start, once: list[str]) -> None:
-    scripted.add("ann", idle=LONG_AGO)
-    scripted.add("bob", idle=LONG_AGO)
-    gate = Gate(scripted, "DELETE", "/users/bob/server")
-    culler = start("--json", "-q", *once)
-    assert culler.line()["user"] == "ann"
-    assert gate.arrived.wait(20)
-    assert culler.process.poll() is None
-    gate.opened.set()
-    assert culler.line()["user"] == "bob"
-    assert culler.line()["culled"] == 2
-    if once == ["--once"]:
-        assert culler.end() == (0, [])
+    opened = threading.Event()
+    idle("ann", "bob")(scripted)
+    scripted.fault("DELETE", "/users/bob/server", then_do(opened.wait))
+    culler = start(scripted, "--json", "-q", "--timeout=1h", *once)
+    culler.wait_for(culler.said)
+    assert valid(culler.said())["user"] == "ann"
+    opened.set()
+    wait_for(lambda: culler.said().count("\n") == 3)
+    assert told(Result(0, culler.said(), "")).outcomes == {"ann": "culled", "bob": "culled"}
 
 
-def test_a_loop_prints_failed_passes_too_and_ends_when_its_output_is_closed(
-    scripted: ScriptedHub, start: Start, tmp_path: Path
-) -> None:
-    token = tmp_path / "token"
-    token.write_text(scripted.token)
-    scripted.fault("GET", "/users", then_do(lambda: token.write_text("wrong")))
-    culler = start("--json", "-q", "--cull-every=1s", f"--token-file={token}")
-    assert culler.line()["error"] is None
-    error = culler.line()["error"]
-    assert "403" in error
-    token.write_text(scripted.token)
-    assert culler.line()["error"] is None
-    culler.stop_reading()
-    exit_code, (line,) = culler.end()
-    assert (exit_code, line.startswith(f"ERROR    {error}")) == (1, True)
+def test_nothing_but_json_goes_to_stdout(scripted: ScriptedHub, start: Start, tmp_path: Path) -> None:
+    for given in EVERYBODY:
+        given(scripted)
+    out, metrics = tmp_path / "out", tmp_path / "cull_idle.prom"
+    arguments = ("--once", "--json", "-v", "--timeout=1h", "--warn-before=15m", f"--metrics-file={metrics}")
+    with out.open("wb") as file:
+        culler = start(scripted, *arguments, "--notify", "sh -c 'cat; echo heard'", stdout=file)
+    assert culler.wait() == 0
+    assert told(Result(0, out.read_text(), "")).total["culled"] == 2
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A reader and a writer. A test closes the reader."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(writer)
 
 
 @LOOP_AND_ONCE
 def test_when_its_output_is_closed_requests_in_flight_finish_and_no_other_starts(
-    scripted: ScriptedHub, start: Start, once: list[str], tmp_path: Path
+    scripted: ScriptedHub, start: Start, once: list[str], pipe: tuple[int, int], tmp_path: Path
 ) -> None:
-    names = [f"user{number}" for number in range(30)]
-    for name in names:
-        scripted.add(name, idle=LONG_AGO)
-    scripted.fault("DELETE", ".*", normal())
-    scripted.fault("DELETE", ".*", slow(0.3), times=None)
+    names = {f"user{number}" for number in range(30)}
+    idle(*names)(scripted)
+    may_finish = threading.Semaphore(1)  # DELETEs
+    scripted.fault("DELETE", ".*", then_do(may_finish.acquire), times=None)
+    reader, writer = pipe
     metrics = tmp_path / "cull_idle.prom"
-    culler = start("--json", "--concurrency=3", f"--metrics-file={metrics}", *once)
-    assert culler.line()["outcome"] == "culled"
-    culler.stop_reading()
-    exit_code, log = culler.end()
-    assert exit_code == 1
-    begun = {f"user{number}" for number in re.findall(r"/users/user(\d+)/", "\n".join(scripted.lines("DELETE")))}
-    assert scripted.in_flight == 0
-    assert set(names) - scripted.running() == begun
-    assert 3 <= len(begun) < len(names)
-    said = Result(exit_code, "", "\n".join(log))
+    arguments = ("--json", "--timeout=1h", "--concurrency=3", f"--metrics-file={metrics}", *once)
+    culler = start(scripted, *arguments, stdout=writer)
+    assert valid(os.read(reader, 1 << 16).decode())["outcome"] == "culled"
+    culler.wait_for(lambda: scripted.in_flight == 3)
+    os.close(reader)
+    may_finish.release()
+    culler.wait_for(lambda: len(Result(0, "", culler.said()).outcomes) == 2)  # the second after it could not be printed
+    may_finish.release(30)
+    assert culler.wait() == 1
+    begun = {request.segments[1] for request in scripted.requests if request.method == "DELETE"}
+    assert names - scripted.running() == begun
+    assert len(begun) <= 5
+    said = Result(1, "", culler.said())
     assert said.outcomes == dict.fromkeys(begun, "culled")
     assert (said.counts["culled"], said.counts["left undone"]) == (len(begun), 30 - len(begun))
     assert f"cull_idle_culled {len(begun)}\n" in metrics.read_text()
 
 
-@pytest.mark.parametrize("form", [["-v"], ["--json"]], ids=["table", "JSON"])
+@pytest.mark.parametrize("form", ["-v", "--json"])
 def test_a_long_dry_run_ends_quietly_when_its_output_is_closed(
-    scripted: ScriptedHub, start: Start, form: list[str]
+    scripted: ScriptedHub, start: Start, form: str, pipe: tuple[int, int]
 ) -> None:
-    for number in range(300):
-        scripted.add(f"user{number}-{'x' * 500}", idle=LONG_AGO)
-    culler = start("--dry-run", *form)
-    assert culler.process.stdout
-    assert culler.process.stdout.readline()
-    culler.stop_reading()
-    assert culler.end() == (1, [])
+    idle(*(f"user{number}-{'x' * 500}" for number in range(300)))(scripted)  # more than a pipe holds
+    reader, writer = pipe
+    culler = start(scripted, "--timeout=1h", "--dry-run", form, stdout=writer)
+    assert os.read(reader, 10)
+    os.close(reader)
+    assert (culler.wait(), culler.said()) == (1, "")
 
 
-@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-q"], ["--help"]], ids=str)
-def test_a_full_disk_is_one_error(scripted: ScriptedHub, start: Start, args: list[str]) -> None:
+def test_a_full_disk_is_one_error(scripted: ScriptedHub, start: Start, says: Says) -> None:
+    said = set()
+    for args in ("--dry-run", "--once --json -q", "--help"):
+        with Path("/dev/full").open("wb") as full:
+            culler = start(scripted, *args.split(), stdout=full)
+        assert culler.wait() == 1
+        said.add(culler.said())
+    says("".join(said))
     with Path("/dev/full").open("wb") as full:
-        culler = start(*args, stdout=full)
-    exit_code, (line,) = culler.end()
-    assert exit_code == 1
-    assert "stdout" in line
-    assert line.endswith("No space left on device")
+        culler = start(scripted, "--dry-run", stdout=full, stderr=full)
+    assert culler.wait() == 1  # not the 120 of a Python that cannot write at its end
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("args", [["--dry-run"], ["--once", "--json", "-v"]], ids=str)
+@pytest.mark.parametrize("args", [["--dry-run"], ["--json", "-v"]], ids=str)
 def test_a_closed_stream_does_not_stop_the_program(
     cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, args: list[str], stream: str
 ) -> None:
-    for number in range(12):
-        scripted.add(f"user{number}", idle=LONG_AGO)
+    idle("ann")(scripted)
     monkeypatch.setattr(sys, stream, None)
     assert cull_scripted("--timeout=1h", *args).exit_code == 0
     getattr(sys, stream).close()
-    assert len(scripted.running()) == (0 if "--once" in args else 12)
-
-
-def test_nothing_but_json_goes_to_stdout(hub: RealHub, cull_real: Cull, tmp_path: Path) -> None:
-    hub.spawn_many([("ann", "", IDLE), ("bob", "", {"idle_seconds": 90})])
-    notify: Mapping[str, str] = {"CULL_IDLE_NOTIFY": "sh -c 'cat; echo heard'", "FORCE_COLOR": "1"}
-    more = ["--warn-before=10m", "--max-culls=50%", f"--metrics-file={tmp_path / 'cull_idle.prom'}"]
-    assert told(cull_real("--json", "-v", "--timeout=1h", *more, env=notify)).total["culled"] == 1
+    assert scripted.running() == ({"ann"} if "--dry-run" in args else set())
