@@ -231,7 +231,7 @@ def says(request: pytest.FixtureRequest) -> Says:
 
     def compare(text: str) -> None:
         if request.config.getoption("update_messages"):
-            messages.write({**messages.read(), head: messages.steady(text)})
+            messages.write(head, messages.steady(text))
         assert messages.steady(text) == messages.read().get(head), f"{head}: see helpers/messages.py"
 
     return compare
@@ -239,15 +239,13 @@ def says(request: pytest.FixtureRequest) -> Says:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let tests/by_hand/matrix.py choose the real Hub, and a developer take over new messages."""
-    parser.addoption("--update-messages", action="store_true", help="write tests/messages.txt anew; with -n0")
+    parser.addoption("--update-messages", action="store_true", help="write tests/messages.txt anew")
     group = parser.getgroup("the real Hub")
     group.addoption("--hub-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
     group.addoption("--hub-without-named-servers", action="store_true", help="do not allow them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("update_messages") and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--update-messages needs -n0: several processes would overwrite each other's sections")
     # A shell that starts the tests in the background lets them, and the programs that they start, ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(

@@ -341,8 +341,6 @@ def test_passes_leave_no_processes_files_or_threads_behind(
 
     def count() -> None:
         scripted.pause_listening()  # the Hub's files and threads do not count
-        for thread in scripted._old_threads:
-            thread.join(10)
         left.append((len(os.listdir("/dev/fd")), set(threading.enumerate())))  # noqa: PTH208
         scripted.resume()
         idle("good", "bad", "late", "nul\0")(scripted)

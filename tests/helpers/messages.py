@@ -4,13 +4,14 @@ A test shows its text to the fixture `says`, which compares it with the section 
 wording. After a change, write the sections of the tests that you run anew, and read the diff. Remove the file first if
 a section has lost its test.
 
-    pytest -n0 --update-messages
+    pytest --update-messages
 """
 
 from __future__ import annotations
 
+import fcntl
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 FILE = Path(__file__).parents[1] / "messages.txt"
@@ -41,6 +42,9 @@ def read() -> dict[str, str]:
     return {head: body.rstrip("\n") for head, _, body in parts}
 
 
-def write(sections: Mapping[str, str]) -> None:
-    """Write the sections, sorted by their heads."""
-    FILE.write_text("".join(f"{HEAD}{head}\n{body}\n\n" for head, body in sorted(sections.items())), "utf-8")
+def write(head: str, body: str) -> None:
+    """Write one section anew; several processes may do so at the same time."""
+    with FILE.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        sections = {**read(), head: body}
+        FILE.write_text("".join(f"{HEAD}{head}\n{body}\n\n" for head, body in sorted(sections.items())), "utf-8")

@@ -237,7 +237,7 @@ USERS = [
     ),
     Scene(
         "a user with a stopped named server is deleted",
-        [idle("ann/gpu", extra={"stopped": True, "ready": False})],
+        [idle("ann/gpu", ready=False, extra={"stopped": True})],
         options="--cull-users",
         becomes={"user ann": "deleted"},
     ),
