@@ -94,7 +94,6 @@ RULES = [
 ]
 REFERENCE: Command = (PYTHON, "-c", REFERENCE_ONCE, *ARGUMENTS)
 
-
 # The requests of --idle-by server, as requests' documentation shows them.
 BARE_QUESTIONS = """
 import os, sys, threading
@@ -158,17 +157,19 @@ def run(command: Command, url: str = "", token: str = "") -> Run:
         return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, out.read().decode(), {})
 
 
-def on_scripted_hub(command: Command, *options: str) -> Run:
-    """Run a program against a scripted Hub in a new process of its own."""
+def on_hub(options: Sequence[str], program: Command, *, deletes: int | None = 0) -> Run:
+    """Run a program against a scripted Hub in a new process, some of whose servers are to be stopped."""
     script = [PYTHON, str(ROOT / "tests/by_hand/bulk_hub.py"), "--token=bench", *options]
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as hub:
         assert hub.stdout
         try:
-            result = run(command, hub.stdout.readline().strip(), "bench")
+            result = run(program, hub.stdout.readline().strip(), "bench")
         finally:
             hub.send_signal(signal.SIGTERM)
-            summary = hub.stdout.read()
-        return result._replace(hub=json.loads(summary))
+            summary = json.loads(hub.stdout.read())
+    assert deletes in (None, summary["deleted"]), "not all were stopped, or too many"
+    assert summary["requests"] >= int(options[0].partition("=")[2]) / PAGE_SIZE, "not all was read"
+    return result._replace(hub=summary)
 
 
 def in_turn(*programs: tuple[int, Callable[[], Run]]) -> list[list[Run]]:
@@ -248,14 +249,6 @@ class Effort(NamedTuple):
         return min(self.runs, 3)
 
 
-def on_bulk_hub(options: Sequence[str], program: Command, *, deletes: int = 0) -> Run:
-    """A pass over the servers of a scripted Hub, some of which are to be stopped."""
-    result = on_scripted_hub(program, *options)
-    assert result.hub["deleted"] == deletes, "not all were stopped, or too many"
-    assert result.hub["requests"] >= int(options[0].partition("=")[2]) / PAGE_SIZE, "not all was read"
-    return result
-
-
 def measure_start(effort: Effort) -> Iterator[Line]:
     runs = 3 * effort.runs
     script, module, reference = in_turn(
@@ -263,7 +256,7 @@ def measure_start(effort: Effort) -> Iterator[Line]:
         (runs, lambda: run((PYTHON, "-m", "cull_idle", "--help"))),
         (runs, lambda: run((PYTHON, "-m", "jupyterhub_idle_culler", "--help"))),
     )
-    empty = partial(on_bulk_hub, ["--servers=0"])
+    empty = partial(on_hub, ["--servers=0"])
     ours, theirs = in_turn((runs, lambda: empty(OURS)), (runs, lambda: empty(REFERENCE)))
     for work, one, other, most in (
         ("`--help`, the file", script, reference, 0),
@@ -276,7 +269,7 @@ def measure_start(effort: Effort) -> Iterator[Line]:
 
 def measure_race(effort: Effort) -> Iterator[Line]:
     hub = ("--servers=200", "--due=200", "--coming-back=99", "--stop-seconds=0.05")
-    programs = [(effort.few, partial(on_scripted_hub, program, *hub)) for program in (OURS, REFERENCE)]
+    programs = [(effort.few, partial(on_hub, hub, program, deletes=None)) for program in (OURS, REFERENCE)]
     ours, other = (max(result.hub["deleted_come_back"] for result in runs) for runs in in_turn(*programs))
     work = "200 idle servers, 99 come back during the pass"
     yield Line(work, "active servers stopped, at worst", str(ours), str(other), "", "0", ours == 0)
@@ -284,11 +277,10 @@ def measure_race(effort: Effort) -> Iterator[Line]:
 
 def measure_stops(effort: Effort) -> Iterator[Line]:
     servers, seconds = effort.of(100, 20), 1.0
-    stop_all = partial(
-        on_bulk_hub, [f"--servers={servers}", f"--due={servers}", f"--stop-seconds={seconds}"], deletes=servers
-    )
+    hub = [f"--servers={servers}", f"--due={servers}", f"--stop-seconds={seconds}"]
+    stop_all = partial(on_hub, hub, deletes=servers)
     empty, ours, reference = in_turn(
-        (3 * effort.runs, lambda: on_bulk_hub(["--servers=0"], OURS)),
+        (3 * effort.runs, lambda: on_hub(["--servers=0"], OURS)),
         (effort.few, lambda: stop_all(OURS)),
         (1, lambda: stop_all(REFERENCE)),
     )
@@ -300,7 +292,7 @@ def measure_stops(effort: Effort) -> Iterator[Line]:
 
 def measure_scan(effort: Effort) -> Iterator[Line]:
     servers = effort.of(100_000, 10_000)
-    scan = partial(on_bulk_hub, [f"--servers={servers}"])
+    scan = partial(on_hub, [f"--servers={servers}"])
     # More of the two that are quick and close to each other: a machine that others use, too, differs by 10 %.
     ours, bare, reference = in_turn(
         (5 * effort.runs, lambda: scan(OURS)),
@@ -317,9 +309,9 @@ def measure_scan(effort: Effort) -> Iterator[Line]:
 def measure_growth(effort: Effort) -> Iterator[Line]:
     servers = effort.of(100_000, 10_000)
     empty, few, many = in_turn(
-        (effort.runs, lambda: on_bulk_hub(["--servers=0"], OURS)),
-        (effort.runs, lambda: on_bulk_hub([f"--servers={servers}"], OURS)),
-        (1, lambda: on_bulk_hub([f"--servers={10 * servers}"], OURS)),
+        (effort.runs, lambda: on_hub(["--servers=0"], OURS)),
+        (effort.runs, lambda: on_hub([f"--servers={servers}"], OURS)),
+        (1, lambda: on_hub([f"--servers={10 * servers}"], OURS)),
     )
     work = f"from {servers:,} to {10 * servers:,} servers"
     before, after = middle(few, cpu) - middle(empty, cpu), middle(many, cpu) - middle(empty, cpu)
@@ -329,7 +321,7 @@ def measure_growth(effort: Effort) -> Iterator[Line]:
 
 def measure_rules(effort: Effort) -> Iterator[Line]:
     servers = effort.of(100_000, 10_000)
-    scan = partial(on_bulk_hub, [f"--servers={servers}", "--groups=students,class-77"])
+    scan = partial(on_hub, [f"--servers={servers}", "--groups=students,class-77"])
     with_rules = (*OURS, *(f"--rule={rule}" for rule in RULES))
     ours, without = in_turn((effort.runs, lambda: scan(with_rules)), (effort.runs, lambda: scan(OURS)))
     work = f"a pass over {servers:,} running servers, with {len(RULES)} rules"
@@ -338,7 +330,7 @@ def measure_rules(effort: Effort) -> Iterator[Line]:
 
 def measure_due(effort: Effort) -> Iterator[Line]:
     servers = effort.of(20_000, 2_000)
-    run = on_bulk_hub([f"--servers={servers}", f"--due={servers}"], OURS, deletes=servers)
+    run = on_hub([f"--servers={servers}", f"--due={servers}"], OURS, deletes=servers)
     yield within(f"{servers:,} servers due", "peak memory", peak(run), 100, "MB")
 
 
@@ -431,26 +423,16 @@ def real_hub(extra_config: str = "") -> RealHub:
     return RealHub(extra_config=extra_config)
 
 
-MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
-    "start": measure_start,
-    "race": measure_race,
-    "stops": measure_stops,
-    "scan": measure_scan,
-    "rules": measure_rules,
-    "due": measure_due,
-    "growth": measure_growth,
-    "real-stops": measure_real_stops,
-    "real-scan": measure_real_scan,
-    "questions": measure_questions,
-}
+ON_SCRIPTED = (measure_start, measure_race, measure_stops, measure_scan, measure_rules, measure_due, measure_growth)
+ON_REAL = (measure_real_stops, measure_real_scan, measure_questions)
+BY_NAME = {measure.__name__.removeprefix("measure_"): measure for measure in (*ON_SCRIPTED, *ON_REAL)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller numbers, for a first look")
-    parser.add_argument(
-        "--only", nargs="+", choices=MEASURES, default=[*MEASURES], metavar="NAME", help=", ".join(MEASURES)
-    )
+    names = ", ".join(BY_NAME)
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, default=[*BY_NAME], metavar="NAME", help=names)
     parser.add_argument("--runs", type=int, default=5, help="of each program; fewer where it is slow (%(default)s)")
     options = parser.parse_args()
     if not (importlib.util.find_spec("jupyterhub_idle_culler") and importlib.util.find_spec("pycurl")):
@@ -458,10 +440,9 @@ def main() -> int:
 
     effort = Effort(max(options.runs, 1), options.quick)
     lines: list[Line] = []
-    for name, measure in MEASURES.items():
-        if name in options.only:
-            print(name, file=sys.stderr)
-            lines += measure(effort)
+    for name in options.only:
+        print(name, file=sys.stderr)
+        lines += BY_NAME[name](effort)
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(as_markdown(lines))
     print(f"\n{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {packages}, {os.cpu_count()} CPUs.")
