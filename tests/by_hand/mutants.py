@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import coverage
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "cull_idle.py"
@@ -128,8 +129,7 @@ def is_in(part: str, words: Sequence[str]) -> bool:
 class Tests:
     """Runs the tests in copies of the tree, and knows which test runs which lines."""
 
-    def __init__(self, scratch: Path, jobs: int, original: str) -> None:
-        self.original = original
+    def __init__(self, scratch: Path, jobs: int) -> None:
         self._kills: Counter[str] = Counter()
         self._trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(jobs):
@@ -171,9 +171,9 @@ class Tests:
             self._trees.put(tree)
 
     def _near(self, mutant: Mutant) -> Iterator[str]:
-        """The tests of the lines that differ: what killed others, then the quickest."""
-        lines = changed_lines(self.original, mutant.source)
-        tests = set().union(*(self._by_line.get(line, ()) for line in lines))
+        """The tests that run the line, or the start of its statement: what killed others, then the quickest."""
+        line = max((line for line in self._by_line if line <= mutant.line), default=0)
+        tests = self._by_line.get(line, set())
         budget = float(SECONDS)
         for test in sorted(tests, key=lambda test: (-self._kills[test], self._durations[test])):
             budget -= self._durations[test]
@@ -183,7 +183,7 @@ class Tests:
     def _fails(self, tree: Path, arguments: Sequence[str], seconds: float) -> bool:
         exit_code, output = run_pytest(tree, "-x", *arguments, seconds=seconds)
         self._kills.update(re.findall(r"^FAILED (\S.*?)(?: - .*)?$", output, re.MULTILINE))
-        return exit_code != 0
+        return exit_code not in (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR)  # the latter: no test has this name
 
 
 def copy_tree(tree: Path) -> Path:
@@ -212,21 +212,6 @@ def run_pytest(tree: Path, *arguments: str, seconds: float) -> tuple[int, str]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
-
-
-def changed_lines(original: str, source: str) -> set[int]:
-    """The lines of the original's statements that differ."""
-    matcher = difflib.SequenceMatcher(None, original.splitlines(), source.splitlines(), autojunk=False)
-    changed = {
-        line + 1 for tag, first, last, *_ in matcher.get_opcodes() if tag != "equal" for line in range(first, last)
-    }
-    lines = set(changed)
-    for node in ast.walk(ast.parse(original)):
-        if isinstance(node, ast.stmt):
-            inner = [each.lineno for each in ast.walk(node) if isinstance(each, ast.stmt) and each is not node]
-            header = range(node.lineno, min([(node.end_lineno or 0) + 1, *inner]))
-            lines |= set(header) if changed.intersection(header) else set()
-    return lines
 
 
 # ---- Results
@@ -266,7 +251,7 @@ def main() -> int:
         return 0
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, ThreadPoolExecutor(options.jobs) as pool:
-        tests = Tests(Path(scratch), options.jobs, original)
+        tests = Tests(Path(scratch), options.jobs)
         outcomes: list[tuple[Mutant, bool]] = []
         killed = pool.map(lambda mutant: tests.kill(mutant, real_hubs=options.real_hubs), mutants)
         for mutant, is_killed in zip(mutants, killed, strict=True):
