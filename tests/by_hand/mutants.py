@@ -129,7 +129,8 @@ def is_in(part: str, words: Sequence[str]) -> bool:
 class Tests:
     """Runs the tests in copies of the tree, and knows which test runs which lines."""
 
-    def __init__(self, scratch: Path, jobs: int) -> None:
+    def __init__(self, scratch: Path, jobs: int, chosen: Sequence[str]) -> None:
+        self._chosen = chosen
         self._kills: Counter[str] = Counter()
         self._trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(jobs):
@@ -141,7 +142,7 @@ class Tests:
         tree = self._trees.get()
         options = ["--cov", "--cov-context=test", "--cov-report=", "--cov-fail-under=0", "--durations=0", "-vv"]
         began = time.monotonic()
-        _, output = run_pytest(tree, *options, "--durations-min=0", *FAST, seconds=7200)
+        _, output = run_pytest(tree, *options, "--durations-min=0", *self._chosen, seconds=7200)
         self.seconds = time.monotonic() - began
         self._durations: dict[str, float] = defaultdict(float)
         for seconds, test in re.findall(r"^([0-9.]+)s (?:setup|call|teardown) +(\S.*)$", output, re.MULTILINE):
@@ -165,7 +166,7 @@ class Tests:
             near = list(self._near(mutant))
             if near and self._fails(tree, near, 60 + 5 * sum(self._durations[test] for test in near)):
                 return True
-            rest = [FAST, REAL_HUBS] if real_hubs else [FAST]
+            rest = [self._chosen, REAL_HUBS] if real_hubs else [self._chosen]
             return any(self._fails(tree, [*paths, *self._without], 60 + 2 * self.seconds) for paths in rest)
         finally:
             self._trees.put(tree)
@@ -239,6 +240,7 @@ def main() -> int:
     parser.add_argument("--real-hubs", action="store_true", help="let what survives meet the tests on real Hubs, too")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at the same time; default: 1")
     parser.add_argument("--show", action="store_true", help="show the mutants, and run nothing")
+    parser.add_argument("tests", nargs="*", help="files or directories; default: all but those on real Hubs")
     options = parser.parse_args()
     original = (ROOT / MODULE).read_text()
     if options.sample:
@@ -251,7 +253,7 @@ def main() -> int:
         return 0
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, ThreadPoolExecutor(options.jobs) as pool:
-        tests = Tests(Path(scratch), options.jobs)
+        tests = Tests(Path(scratch), options.jobs, options.tests or FAST)
         outcomes: list[tuple[Mutant, bool]] = []
         killed = pool.map(lambda mutant: tests.kill(mutant, real_hubs=options.real_hubs), mutants)
         for mutant, is_killed in zip(mutants, killed, strict=True):
