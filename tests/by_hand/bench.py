@@ -4,6 +4,7 @@
     python tests/by_hand/bench.py
 
 Both run as whole processes, in turn, with the same arguments, on the same Hub: a scripted one, or a real one.
+RESULTS.md says what the rows mean.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 CONCURRENCY = 10
 PAGE_SIZE = 200
+PACKAGES = ["jupyterhub-idle-culler", "pycurl", "requests", "jupyterhub"]
 ARGUMENTS = ["--timeout=3600", f"--concurrency={CONCURRENCY}", f"--api-page-size={PAGE_SIZE}"]
 
 # Ours, which times its pass, and how much of that it waits for what the Hub sends.
@@ -91,10 +94,6 @@ RULES = [
 ]
 REFERENCE: Command = (PYTHON, "-c", REFERENCE_ONCE, *ARGUMENTS)
 
-
-# One process
-
-
 # The requests of --idle-by server, as requests' documentation shows them.
 BARE_QUESTIONS = """
 import os, sys, threading
@@ -120,6 +119,9 @@ def ask(index):
 with ThreadPoolExecutor(workers) as pool:
     list(pool.map(ask, range(count)))
 """
+
+
+# One process
 
 
 class Run(NamedTuple):
@@ -155,17 +157,19 @@ def run(command: Command, url: str = "", token: str = "") -> Run:
         return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, out.read().decode(), {})
 
 
-def on_scripted_hub(command: Command, *options: str) -> Run:
-    """Run a program against a scripted Hub in a new process of its own."""
-    script = [PYTHON, str(ROOT / "tests/helpers/scripted_hub.py"), "--token=bench", *options]
+def on_hub(options: Sequence[str], program: Command, *, deletes: int | None = 0) -> Run:
+    """Run a program against a scripted Hub in a new process, some of whose servers are to be stopped."""
+    script = [PYTHON, str(ROOT / "tests/by_hand/bulk_hub.py"), "--token=bench", *options]
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as hub:
         assert hub.stdout
         try:
-            result = run(command, hub.stdout.readline().strip(), "bench")
+            result = run(program, hub.stdout.readline().strip(), "bench")
         finally:
             hub.send_signal(signal.SIGTERM)
-            summary = hub.stdout.read()
-        return result._replace(hub=json.loads(summary))
+            summary = json.loads(hub.stdout.read())
+    assert deletes in (None, summary["deleted"]), "not all were stopped, or too many"
+    assert summary["requests"] >= int(options[0].partition("=")[2]) / PAGE_SIZE, "not all was read"
+    return result._replace(hub=summary)
 
 
 def in_turn(*programs: tuple[int, Callable[[], Run]]) -> list[list[Run]]:
@@ -196,7 +200,7 @@ class Line(NamedTuple):
     met: bool | None = None
 
 
-def amount(number: float, unit: str) -> str:
+def amount(number: float, unit: str = "s") -> str:
     return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
@@ -205,23 +209,15 @@ def ratio(number: float) -> str:
 
 
 def compare(
-    work: str,
-    measured: str,
-    ours: float,
-    other: float,
-    most: float | None = None,
-    unit: str = "s",
-    of: str = "",
-    share: float = 0,
+    work: str, measured: str, ours: float, other: float, most: float = 0, *, of: str = "", share: float = 0
 ) -> Line:
-    """Ours is to be at most so many times the other, which is the reference unless `of` names it.
+    """Ours is to be at most so many times the other, in seconds, which is the reference unless `of` names it.
 
     share: how many times it is, if that is not just the ratio of both.
     """
     share = share or ours / other
-    other_text = amount(other, unit) + (f" ({of})" if of else "")
-    line = Line(work, measured, amount(ours, unit), other_text, ratio(share))
-    return line if most is None else line._replace(goal=f"≤ {ratio(most)}", met=share <= most)
+    line = Line(work, measured, amount(ours), amount(other) + (f" ({of})" if of else ""), ratio(share))
+    return line._replace(goal=f"≤ {ratio(most)}", met=share <= most) if most else line
 
 
 def within(work: str, measured: str, ours: float, most: float, unit: str = "s", other: str = "") -> Line:
@@ -243,34 +239,14 @@ class Effort(NamedTuple):
     runs: int
     quick: bool
 
-    def at_most(self, runs: int) -> int:
-        return min(self.runs, runs)
+    def of(self, usual: int, quick: int) -> int:
+        """A number of servers."""
+        return quick if self.quick else usual
 
-
-@cache
-def empty_pass(runs: int) -> list[list[Run]]:
-    return in_turn(
-        (runs, lambda: on_scripted_hub(OURS, "--servers=0")), (runs, lambda: on_scripted_hub(REFERENCE, "--servers=0"))
-    )
-
-
-@cache
-def scan(servers: int, effort: Effort) -> list[list[Run]]:
-    """Passes of ours and, but not over a million, the bare loop and the reference over servers none of which is due."""
-
-    def passes(times: int, program: Command) -> tuple[int, Callable[[], Run]]:
-        def one_pass() -> Run:
-            result = on_scripted_hub(program, f"--servers={servers}")
-            assert result.hub["requests"] >= servers / PAGE_SIZE, "not all was read"
-            return result
-
-        return times, one_pass
-
-    if servers > 100_000:
-        return in_turn(passes(1, OURS))
-    # More of the two that are quick and close to each other: a machine that others use, too, differs by 10 %.
-    quick = 5 * effort.runs
-    return in_turn(passes(quick, OURS), passes(quick, (PYTHON, "-c", BARE_LOOP)), passes(effort.at_most(3), REFERENCE))
+    @property
+    def few(self) -> int:
+        """Runs of what is slow."""
+        return min(self.runs, 3)
 
 
 def measure_start(effort: Effort) -> Iterator[Line]:
@@ -280,47 +256,49 @@ def measure_start(effort: Effort) -> Iterator[Line]:
         (runs, lambda: run((PYTHON, "-m", "cull_idle", "--help"))),
         (runs, lambda: run((PYTHON, "-m", "jupyterhub_idle_culler", "--help"))),
     )
-    for how, ours, most in (("the file", script, None), ("installed", module, 1.3)):
-        yield compare(f"`--help`, {how}", "wall", middle(ours, wall), middle(reference, wall), most)
-        yield compare(f"`--help`, {how}", "CPU", middle(ours, cpu), middle(reference, cpu))
-    ours, reference = empty_pass(runs)
-    yield compare("an empty pass", "wall", middle(ours, wall), middle(reference, wall), 1.3)
-    yield compare("an empty pass", "CPU", middle(ours, cpu), middle(reference, cpu))
+    empty = partial(on_hub, ["--servers=0"])
+    ours, theirs = in_turn((runs, lambda: empty(OURS)), (runs, lambda: empty(REFERENCE)))
+    for work, one, other, most in (
+        ("`--help`, the file", script, reference, 0),
+        ("`--help`, installed", module, reference, 1.3),
+        ("an empty pass", ours, theirs, 1.3),
+    ):
+        yield compare(work, "wall", middle(one, wall), middle(other, wall), most)
+        yield compare(work, "CPU", middle(one, cpu), middle(other, cpu))
 
 
 def measure_race(effort: Effort) -> Iterator[Line]:
-    hub = ("--servers=200", "--coming-back=99", "--stop-seconds=0.05")
-    several = effort.at_most(3)
-    ours, reference = (
-        max(result.hub["deleted_come_back"] for result in runs)
-        for runs in in_turn(
-            (several, lambda: on_scripted_hub(OURS, *hub)), (several, lambda: on_scripted_hub(REFERENCE, *hub))
-        )
-    )
+    hub = ("--servers=200", "--due=200", "--coming-back=99", "--stop-seconds=0.05")
+    programs = [(effort.few, partial(on_hub, hub, program, deletes=None)) for program in (OURS, REFERENCE)]
+    ours, other = (max(result.hub["deleted_come_back"] for result in runs) for runs in in_turn(*programs))
     work = "200 idle servers, 99 come back during the pass"
-    yield Line(work, "active servers stopped, at worst", str(ours), str(reference), "", "0", ours == 0)
+    yield Line(work, "active servers stopped, at worst", str(ours), str(other), "", "0", ours == 0)
 
 
 def measure_stops(effort: Effort) -> Iterator[Line]:
-    servers, seconds = (20, 0.5) if effort.quick else (100, 1.0)
-    hub = (f"--servers={servers}", f"--due={servers}", f"--stop-seconds={seconds}")
-
-    def stop_all(program: Command) -> Run:
-        result = on_scripted_hub(program, *hub)
-        assert result.hub["deleted"] == servers, "not all were stopped"
-        return result
-
+    servers, seconds = effort.of(100, 20), 1.0
+    hub = [f"--servers={servers}", f"--due={servers}", f"--stop-seconds={seconds}"]
+    stop_all = partial(on_hub, hub, deletes=servers)
+    empty, ours, reference = in_turn(
+        (3 * effort.runs, lambda: on_hub(["--servers=0"], OURS)),
+        (effort.few, lambda: stop_all(OURS)),
+        (1, lambda: stop_all(REFERENCE)),
+    )
     work = f"{servers} idle servers that take {seconds:g} s to stop, scripted Hub"
-    start_up = middle(empty_pass(3 * effort.runs)[0], wall)
-    ours, reference = in_turn((effort.at_most(3), lambda: stop_all(OURS)), (1, lambda: stop_all(REFERENCE)))
     yield compare(work, "wall", middle(ours, wall), middle(reference, wall), 1 / 9.5)
-    ideal = servers * seconds / CONCURRENCY
-    yield within(work, "wall, against 1.05·N·d/c + start-up", middle(ours, wall), 1.05 * ideal + start_up)
+    most = 1.05 * servers * seconds / CONCURRENCY + middle(empty, wall)
+    yield within(work, "wall, against 1.05·N·d/c + start-up", middle(ours, wall), most)
 
 
 def measure_scan(effort: Effort) -> Iterator[Line]:
-    servers = 10_000 if effort.quick else 100_000
-    ours, bare, reference = scan(servers, effort)
+    servers = effort.of(100_000, 10_000)
+    scan = partial(on_hub, [f"--servers={servers}"])
+    # More of the two that are quick and close to each other: a machine that others use, too, differs by 10 %.
+    ours, bare, reference = in_turn(
+        (5 * effort.runs, lambda: scan(OURS)),
+        (5 * effort.runs, lambda: scan((PYTHON, "-c", BARE_LOOP))),
+        (effort.few, lambda: scan(REFERENCE)),
+    )
     work = f"a pass over {servers:,} running servers, none due"
     yield compare(work, "CPU", middle(ours, cpu), middle(reference, cpu), 1 / 8)
     share = median(cpu(one) / cpu(other) for one, other in zip(ours, bare, strict=True))  # of runs side by side
@@ -328,50 +306,36 @@ def measure_scan(effort: Effort) -> Iterator[Line]:
     yield within(work, "peak memory", middle(ours, peak), 60, "MB", amount(middle(reference, peak), "MB"))
 
 
-def measure_rules(effort: Effort) -> Iterator[Line]:
-    servers = 10_000 if effort.quick else 100_000
-    hub = [f"--servers={servers}", "--groups=students,class-77"]
-    without, with_rules = in_turn(
-        (effort.runs, lambda: on_scripted_hub(OURS, *hub)),
-        (effort.runs, lambda: on_scripted_hub((*OURS, *(f"--rule={rule}" for rule in RULES)), *hub)),
+def measure_growth(effort: Effort) -> Iterator[Line]:
+    servers = effort.of(100_000, 10_000)
+    empty, few, many = in_turn(
+        (effort.runs, lambda: on_hub(["--servers=0"], OURS)),
+        (effort.runs, lambda: on_hub([f"--servers={servers}"], OURS)),
+        (1, lambda: on_hub([f"--servers={10 * servers}"], OURS)),
     )
+    work = f"from {servers:,} to {10 * servers:,} servers"
+    before, after = middle(few, cpu) - middle(empty, cpu), middle(many, cpu) - middle(empty, cpu)
+    yield compare(work, "CPU beyond start-up", after, before, 11.5, of="the fewer")
+    yield within(work, "growth of peak memory", middle(many, peak) - middle(few, peak), 3, "MB")
+
+
+def measure_rules(effort: Effort) -> Iterator[Line]:
+    servers = effort.of(100_000, 10_000)
+    scan = partial(on_hub, [f"--servers={servers}", "--groups=students,class-77"])
+    with_rules = (*OURS, *(f"--rule={rule}" for rule in RULES))
+    ours, without = in_turn((effort.runs, lambda: scan(with_rules)), (effort.runs, lambda: scan(OURS)))
     work = f"a pass over {servers:,} running servers, with {len(RULES)} rules"
-    yield compare(work, "CPU", middle(with_rules, cpu), middle(without, cpu), 8, of="without")
+    yield compare(work, "CPU", middle(ours, cpu), middle(without, cpu), 8, of="without")
 
 
 def measure_due(effort: Effort) -> Iterator[Line]:
-    servers = 2_000 if effort.quick else 20_000
-    (ours,) = in_turn((1, lambda: on_scripted_hub(OURS, f"--servers={servers}", f"--due={servers}")))
-    assert ours[0].hub["deleted"] == servers, "not all were stopped"
-    yield within(f"{servers:,} servers due", "peak memory", middle(ours, peak), 100, "MB")
-
-
-def measure_growth(effort: Effort) -> Iterator[Line]:
-    sizes = [1_000, 10_000, 100_000] + ([] if effort.quick else [1_000_000])
-    start_up = middle(empty_pass(3 * effort.runs)[0], cpu)
-
-    def cell(runs: Sequence[Run], servers: int) -> str:
-        each = amount(middle(runs, cpu) / servers * 1e6, "µs")
-        return f"{amount(middle(runs, wall), 's')}, {each}, {amount(middle(runs, peak), 'MB')}"
-
-    for servers in sizes:
-        ours, *others = scan(servers, effort)
-        reference = cell(others[-1], servers) if others else "not run"
-        share = ratio(middle(ours, cpu) / middle(others[-1], cpu)) if others else ""
-        work = f"a pass over {servers:,}"
-        yield Line(work, "wall, CPU for each, peak memory (ratio of CPU)", cell(ours, servers), reference, share)
-
-    small, large = sizes[-2:]
-    before, after = scan(small, effort)[0], scan(large, effort)[0]
-    growth = (middle(after, cpu) - start_up) / (middle(before, cpu) - start_up) / (large / small)
-    work = f"from {small:,} to {large:,}"
-    yield Line(work, "growth of CPU beyond start-up, for each", f"{growth:.2f}", "", "", "≤ 1.15", growth <= 1.15)
-    more = middle(after, peak) - middle(before, peak)
-    yield Line(work, "growth of peak memory", f"{more:+.1f} MB", "", "", "≤ 3 MB", more <= 3)
+    servers = effort.of(20_000, 2_000)
+    run = on_hub([f"--servers={servers}", f"--due={servers}"], OURS, deletes=servers)
+    yield within(f"{servers:,} servers due", "peak memory", peak(run), 100, "MB")
 
 
 def measure_real_stops(effort: Effort) -> Iterator[Line]:
-    servers, seconds = (20 if effort.quick else 60), 0.5
+    servers, seconds = effort.of(60, 20), 0.5
     options = {"idle_seconds": 7200, "stop_seconds": seconds}
 
     def stop_all(hub: RealHub, program: Command) -> Run:
@@ -382,14 +346,14 @@ def measure_real_stops(effort: Effort) -> Iterator[Line]:
 
     with real_hub() as hub:
         ours, reference = in_turn(
-            (effort.at_most(3), lambda: stop_all(hub, OURS)), (effort.at_most(2), lambda: stop_all(hub, REFERENCE))
+            (effort.few, lambda: stop_all(hub, OURS)), (min(effort.runs, 2), lambda: stop_all(hub, REFERENCE))
         )
     work = f"{servers} idle servers that take {seconds:g} s to stop, real Hub"
     yield compare(work, "wall", middle(ours, wall), middle(reference, wall), 1 / 7.5)
 
 
 def measure_real_scan(effort: Effort) -> Iterator[Line]:
-    servers = 400 if effort.quick else 2_000
+    servers = effort.of(2_000, 400)
     timed = (PYTHON, "-c", OURS_TIMED, "--once", *ARGUMENTS)
 
     with real_hub() as hub:
@@ -405,14 +369,14 @@ def measure_real_scan(effort: Effort) -> Iterator[Line]:
     share = median(whole / waiting for whole, waiting in zip(passes, waits, strict=True))
     work = f"a pass over {servers:,} running servers, none due, real Hub"
     theirs = median(float(each.output) for each in reference)
-    yield Line(work, "the pass alone", amount(median(passes), "s"), amount(theirs, "s"), ratio(median(passes) / theirs))
-    hubs = f"{amount(median(waits), 's')} (the Hub)"
-    yield Line(work, "the pass alone", amount(median(passes), "s"), hubs, ratio(share), "≤ 1.1", share <= 1.1)
+    yield Line(work, "the pass alone", amount(median(passes)), amount(theirs), ratio(median(passes) / theirs))
+    hubs = f"{amount(median(waits))} (the Hub)"
+    yield Line(work, "the pass alone", amount(median(passes)), hubs, ratio(share), "≤ 1.1", share <= 1.1)
 
 
 def measure_questions(effort: Effort) -> Iterator[Line]:
     """--idle-by server: a real Hub, a real proxy, and a small server that answers as Jupyter does."""
-    servers = 50 if effort.quick else 200
+    servers = effort.of(200, 50)
     small_jupyter = [PYTHON, str(ROOT / "tests/helpers/small_jupyter.py")]
     with subprocess.Popen(small_jupyter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as small:
         assert small.stdin
@@ -459,43 +423,16 @@ def real_hub(extra_config: str = "") -> RealHub:
     return RealHub(extra_config=extra_config)
 
 
-MEASURES: Mapping[str, Callable[[Effort], Iterator[Line]]] = {
-    "start": measure_start,
-    "race": measure_race,
-    "stops": measure_stops,
-    "scan": measure_scan,
-    "rules": measure_rules,
-    "due": measure_due,
-    "growth": measure_growth,
-    "real-stops": measure_real_stops,
-    "real-scan": measure_real_scan,
-    "questions": measure_questions,
-}
-
-NOTES = f"""
-Medians, the programs in turn, concurrency {CONCURRENCY}, pages of {PAGE_SIZE}, whole processes with their start-up.
-The reference has no --once: it is its whole program, with pycurl, ended after its first pass; a million servers, and
-100 s of stopping more than once, are not asked of it. "The file" is compiled at each start, "installed" is not; all
-passes are of what is installed. The
-bare loop is requests and json.loads over the same pages. "The pass alone" is without start-up; "the Hub" is the part
-of the same pass that was spent in waiting for what the Hub sends. Servers asked are one small program that answers as
-Jupyter does, behind PyPI's configurable-http-proxy; the bare loop is requests sending the same.
-"""
-
-
-def about() -> str:
-    packages = ["jupyterhub-idle-culler", "pycurl", "requests", "jupyterhub"]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    python = ".".join(map(str, sys.version_info[:3]))
-    return f"{datetime.now(UTC):%Y-%m-%d}, Python {python}, {versions}, {os.cpu_count()} CPUs."
+ON_SCRIPTED = (measure_start, measure_race, measure_stops, measure_scan, measure_rules, measure_due, measure_growth)
+ON_REAL = (measure_real_stops, measure_real_scan, measure_questions)
+BY_NAME = {measure.__name__.removeprefix("measure_"): measure for measure in (*ON_SCRIPTED, *ON_REAL)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller numbers, for a first look")
-    parser.add_argument(
-        "--only", nargs="+", choices=MEASURES, default=[*MEASURES], metavar="NAME", help=", ".join(MEASURES)
-    )
+    names = ", ".join(BY_NAME)
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, default=[*BY_NAME], metavar="NAME", help=names)
     parser.add_argument("--runs", type=int, default=5, help="of each program; fewer where it is slow (%(default)s)")
     options = parser.parse_args()
     if not (importlib.util.find_spec("jupyterhub_idle_culler") and importlib.util.find_spec("pycurl")):
@@ -503,13 +440,12 @@ def main() -> int:
 
     effort = Effort(max(options.runs, 1), options.quick)
     lines: list[Line] = []
-    for name, measure in MEASURES.items():
-        if name in options.only:
-            print(name, file=sys.stderr)
-            lines += measure(effort)
+    for name in options.only:
+        print(name, file=sys.stderr)
+        lines += BY_NAME[name](effort)
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(as_markdown(lines))
-    print(NOTES)
-    print(about())
+    print(f"\n{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {packages}, {os.cpu_count()} CPUs.")
     return 0 if all(line.met is not False for line in lines) else 1
 
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import requests
 import websocket
@@ -33,12 +33,8 @@ VISIBLE, HIDDEN, CLOSED = "ann", "bob", "cat"
 USERS = {VISIBLE: "visible tab", HIDDEN: "hidden tab", CLOSED: "closed tab"}
 SETTLES = 150  # seconds; JupyterLab saves the notebook that it has opened, once, after two minutes
 OPTIONS = ["--no-sandbox", "--no-first-run", "--remote-debugging-port=0"]
-NOTEBOOK = {
-    "cells": [],
-    "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    "nbformat": 4,
-    "nbformat_minor": 5,
-}
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+NOTEBOOK = {"cells": [], "metadata": {"kernelspec": KERNEL}, "nbformat": 4, "nbformat_minor": 5}
 
 # The Hub hears of activity every few seconds, instead of every five minutes.
 CONFIG = """
@@ -51,50 +47,34 @@ class Browser:
     """A Chromium, told what to do by the DevTools protocol, which leaves a hidden tab hidden."""
 
     def __init__(self, address: str) -> None:
-        self._socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
+        self.socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
         self._count = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.tell("Browser.close")
-        self._socket.close()
-
-    def tell(self, method: str, session: str | None = None, **params: object) -> Any:
+    def tell(self, method: str, session: str = "", **params: object) -> Any:
         self._count += 1
-        message = {"id": self._count, "method": method, "params": params, "sessionId": session}
-        self._socket.send(json.dumps({key: value for key, value in message.items() if value is not None}))
-        while (answer := json.loads(self._socket.recv())).get("id") != self._count:
+        message = {"id": self._count, "method": method, "params": params}
+        self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
+        while (answer := json.loads(self.socket.recv())).get("id") != self._count:
             pass
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
-
-    def new_profile(self) -> str:
-        name: str = self.tell("Target.createBrowserContext")["browserContextId"]
-        return name
 
     def open(self, url: str, profile: str) -> Tab:
         target = self.tell("Target.createTarget", url=url, browserContextId=profile)["targetId"]
         return Tab(self, target, self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
 
 
-class Tab:
+class Tab(NamedTuple):
     """One tab of a browser."""
 
-    def __init__(self, browser: Browser, target: str, session: str) -> None:
-        self._browser, self._target, self._session = browser, target, session
+    browser: Browser
+    target: str
+    session: str
 
     def run(self, script: str) -> Any:
-        result = self._browser.tell("Runtime.evaluate", self._session, expression=script, returnByValue=True)
+        result = self.browser.tell("Runtime.evaluate", self.session, expression=script, returnByValue=True)
         return result["result"].get("value")
-
-    def go(self, url: str) -> None:
-        self._browser.tell("Page.navigate", self._session, url=url)
-
-    def close(self) -> None:
-        self._browser.tell("Target.closeTarget", targetId=self._target)
 
 
 @contextlib.contextmanager
@@ -110,14 +90,16 @@ def chromium(command: str) -> Iterator[Browser]:
             address = Path(directory) / "DevToolsActivePort"
             wait_for(address.exists, "Chromium")
             port, path = address.read_text().split()
-            with Browser(f"ws://127.0.0.1:{port}{path}") as browser:
+            browser = Browser(f"ws://127.0.0.1:{port}{path}")
+            with contextlib.closing(browser.socket):
                 yield browser
+                browser.tell("Browser.close")
         finally:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
@@ -139,7 +121,7 @@ def open_notebook(hub: RealHub, browser: Browser, user: str, profile: str) -> Ta
         document.querySelector('#login_submit').click()
     """)
     wait_for(lambda: "/hub/login" not in tab.run("location.pathname"), f"{user} is logged in")
-    tab.go(f"{hub.public_url}/user/{user}/lab/tree/n.ipynb")
+    browser.tell("Page.navigate", tab.session, url=f"{hub.public_url}/user/{user}/lab/tree/n.ipynb")
     server = JupyterServer(hub, user)
 
     def ready() -> bool:
@@ -162,10 +144,10 @@ def cull_idle(hub: RealHub, *args: str) -> list[dict[str, Any]]:
 
 def observe(hub: RealHub, browser: Browser, seconds: float) -> None:
     hub.spawn_many([(user, "", {"activity_interval": 5}) for user in USERS])
-    profiles = {user: browser.new_profile() for user in USERS}
+    profiles = {user: browser.tell("Target.createBrowserContext")["browserContextId"] for user in USERS}
     tabs = {user: open_notebook(hub, browser, user, profiles[user]) for user in USERS}
     browser.open("about:blank", profiles[HIDDEN])
-    tabs[CLOSED].close()
+    browser.tell("Target.closeTarget", targetId=tabs[CLOSED].target)
     time.sleep(1)
     for user in (VISIBLE, HIDDEN):
         print(f"{user}: document.visibilityState is {tabs[user].run('document.visibilityState')}")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from hub import RealHub, full_name
 from real_servers import COMPUTE_SILENTLY, JupyterServer, real_servers
@@ -75,19 +75,13 @@ def cull_idle(hub: RealHub, *arguments: str) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def row(*cells: str) -> str:
-    return "{:<12}{:<32}{:<10}{}".format(*cells)
-
-
 def demo(hub: RealHub) -> bool:
     """Whether all went as it should."""
     print(f"Starting {len(SERVERS)} servers on it, doubles that do nothing and look old.")
-    slow = [each for each in SERVERS if each.after == "starting"]
-    fast = [each for each in SERVERS if each.after != "starting"]
-    hub.spawn_many([(each.name, each.server, each.options) for each in slow], wait=False)
-    hub.spawn_many([(each.name, each.server, each.options) for each in fast])
+    for slow in (True, False):
+        servers = [each for each in SERVERS if (each.after == "starting") is slow]
+        hub.spawn_many([(each.name, each.server, each.options) for each in servers], wait=not slow)
     before = states(hub)
-
     print("\nFirst a look at what a timeout of one hour would stop:")
     codes = [cull_idle(hub, "--dry-run", "--timeout", "1h")]
     print("\nNow for real:")
@@ -97,35 +91,30 @@ def demo(hub: RealHub) -> bool:
 
 def demo_of_real_servers(hub: RealHub) -> bool:
     """The same, where servers compute. --idle-by asks them."""
-    servers = [COMPUTING, WAITING]
     print("\nStarting two real Jupyter servers behind a proxy, on a second Hub, each with a kernel.")
-    hub.spawn_many([(each.name, each.server, each.options) for each in servers])
+    hub.spawn_many([(each.name, each.server, each.options) for each in (COMPUTING, WAITING)])
     JupyterServer(hub, COMPUTING.name).execute(COMPUTE_SILENTLY, until="busy")
     JupyterServer(hub, WAITING.name).execute("1 + 1", until="idle")
     time.sleep(REAL_TIMEOUT + 1)
-    before = states(hub)
-
-    timeout = f"{REAL_TIMEOUT}s"
+    before, timeout = states(hub), f"{REAL_TIMEOUT}s"
     print(f"\nBy the Hub's word both are idle, although {COMPUTING.name}'s kernel computes:")
     codes = [cull_idle(hub, "--dry-run", "--timeout", timeout)]
     print("\nNow for real, but ask each server before it is stopped:")
     codes.append(cull_idle(hub, "--once", "--timeout", timeout, "--idle-by", "both", "--servers-url", hub.public_url))
-    return as_expected(hub, servers, before, codes)
+    return as_expected(hub, [COMPUTING, WAITING], before, codes)
 
 
 def as_expected(hub: RealHub, servers: Sequence[Server], before: dict[str, str], codes: list[int]) -> bool:
     """Show what became of the servers, and return whether that is what was to become of them."""
+    row = "{:<12}{:<32}{:<10}{}".format
     after = states(hub)
     print("\nWhat that did:\n\n" + row("SERVER", "", "BEFORE", "AFTER"))
     for each in servers:
-        name = each.full_name
-        print(row(name, each.about, before.get(name, "gone"), after.get(name, "gone")))
-    left = after == {each.full_name: each.after for each in servers if each.after != "gone"}
-    if not left:
-        print("\nNot as expected: see the source of this demo.")
-    if any(codes):
-        print(f"\nExit codes {codes} instead of 0.")
-    return left and not any(codes)
+        print(row(each.full_name, each.about, before.get(each.full_name, "gone"), after.get(each.full_name, "gone")))
+    fine = after == {each.full_name: each.after for each in servers if each.after != "gone"} and not any(codes)
+    if not fine:
+        print(f"\nNot as expected: see the source of this demo. The exit codes are {codes}.")
+    return fine
 
 
 def keep(hub: RealHub) -> None:
@@ -139,16 +128,12 @@ python {shlex.quote(str(ROOT / "cull_idle.py"))} --dry-run --timeout 1h""")
         signal.pause()
 
 
-def end(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the Hub running until Ctrl-C")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, lambda *_: sys.exit(1))
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     print("Starting a JupyterHub of its own, on loopback, to be thrown away.")
