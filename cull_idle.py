@@ -129,7 +129,7 @@ class RequestError(CullError):
     @property
     def kind(self) -> str:
         """The sentence without the name of a user and the Hub's words: one kind is reported once and counted."""
-        return re.sub(r" \(.*?\)", "", re.sub(r"/users/[^ :]+", "/users/…", str(self)))
+        return re.sub(r" \(.*\)", "", re.sub(r"/users/[^ :]+", "/users/…", str(self)))
 
 
 class UnansweredError(RequestError):
@@ -1021,7 +1021,7 @@ READ_SIZE = 1 << 16  # bytes
 LARGE_ANSWER = 1 << 22  # bytes; from here on, answers are read and parsed one at a time
 ODD_NAME = re.compile(r"[/\\?#%]")  # a proxy that decodes paths makes another path of it
 MOST_LEFT_OUT = 100  # users whose data is too much; if there are more, the Hub ignores the size of a page
-PAUSES = (0.5, 1, 2)  # seconds between tries
+PAUSES = (1, 1, 2)  # whole seconds between tries
 LONGEST_PAUSE = 30.0  # seconds, whatever Retry-After says
 API_HINT = "--url must lead to the API of a JupyterHub, and usually ends in /hub/api"
 TLS_HINT = "a Hub with internal_ssl needs --ssl-enabled and --internal-certs-location, another CA $REQUESTS_CA_BUNDLE"
@@ -1123,13 +1123,21 @@ def request_failure(request: str, url: str, error: Exception, timeout: float) ->
     return RequestError(why)  # a stop may take long, so a late DELETE says nothing about others
 
 
+def wait_in_slices(stop: threading.Event, seconds: float) -> bool:
+    """Wait until told to stop, but no longer than that. Returns whether it was told."""
+    for _ in range(round(seconds)):
+        if not stop.is_set():
+            sleep(1)  # not stop.wait, whose lock the handler of a signal needs
+    return stop.is_set()
+
+
 def with_retries(request: Callable[[], T], stop: threading.Event) -> T:
     """Call a function; while another try may help, and nobody says stop, call it again, after growing pauses."""
     for pause in PAUSES:
         try:
             return request()
         except UnansweredError as error:
-            if error.pause is None or stop.wait(min(max(pause, error.pause), LONGEST_PAUSE)):
+            if error.pause is None or wait_in_slices(stop, min(max(pause, error.pause), LONGEST_PAUSE)):
                 raise
     return request()
 
@@ -1940,7 +1948,6 @@ class Pass:
     def _look(self, due: Event) -> Event:
         """The second look: something due with its target as it is now, or what becomes of it."""
         target = due.target
-        is_user = target.is_user
         found = self.hub.look(target.user)
         fresh = find(found, target.server)
         if not fresh:
@@ -1954,10 +1961,10 @@ class Pass:
             return due._replace(verdict=in_doubt).becomes("spared", fresh.doubt)
         if fresh.pending == "stop":
             return due.becomes("stopping", "the Hub is stopping it already")
-        if is_user and len(found) > 1:
+        if target.is_user and len(found) > 1:
             return due.becomes("spared", "a server is there again")
         if fresh.born != target.born:
-            return due.becomes("spared", "the user was created anew" if is_user else "it was restarted")
+            return due.becomes("spared", "the user was created anew" if target.is_user else "it was restarted")
         if why := why_not_ready(fresh):
             return due.becomes("spared", why)
         return due._replace(target=fresh)
@@ -2346,13 +2353,6 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def wait_in_slices(stop: threading.Event, seconds: float) -> None:
-    """Wait until told to stop, but no longer than that. In slices like in_parallel."""
-    for _ in range(round(seconds)):
-        if not stop.is_set():
-            sleep(1)  # not stop.wait, whose lock the handler of a signal needs
-
-
 class Loop:
     """Makes passes, as the settings say, until told to stop."""
 
@@ -2433,7 +2433,7 @@ class Loop:
     def _log_event(self, event: Event, current: Pass) -> None:
         """Log what became of a server or user; if there are many, with how far the pass is."""
         due = current.figures["planned"]
-        progress = f" ({current.figures['done']} of {due})" if due > MANY and event.outcome != "warned" else ""
+        progress = f" ({current.figures['done']} of {due})" if due > MANY else ""
         if event.error:
             self.log.failure(f"{event}{progress}", event.error.kind)
         else:
