@@ -105,7 +105,7 @@ def soak(passes: int, seed: int) -> list[tuple[float, ...]]:
         run(self)
         total.update(culled=self.figures["culled"] + self.figures["deleted"], failures=bool(self.exit_code))
 
-    def between(stop: threading.Event, seconds: float) -> None:
+    def between(stop: threading.Event, seconds: float) -> bool:
         """In place of the pause after a pass; after the last one comes a SIGTERM."""
         samples.append(sample())
         rss, files, threads = samples[-1]
@@ -114,6 +114,7 @@ def soak(passes: int, seed: int) -> list[tuple[float, ...]]:
             print(row, file=table, flush=True)
         if len(samples) == passes:
             signal.raise_signal(signal.SIGTERM)
+        return stop.is_set()
 
     cull_idle.Pass.run = live_on_and_run  # type: ignore[method-assign]
     cull_idle.wait_in_slices = between

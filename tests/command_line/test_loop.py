@@ -362,19 +362,18 @@ def test_once_is_interrupted_even_if_all_is_done(cull: Cull, scripted: ScriptedH
 def test_a_signal_ends_the_pause_before_another_try(
     cull: Cull, scripted: ScriptedHub, tell_to_stop: Tell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait, telling = threading.Event.wait, threading.Thread(target=tell_to_stop)
+    sleeps: list[float] = []
 
-    def wait_and_tell(event: threading.Event, timeout: float | None = None) -> bool:
-        if timeout == 25:
-            telling.start()
-        return wait(event, timeout)
+    def sleep_and_tell(seconds: float) -> None:
+        sleeps.append(seconds)
+        tell_to_stop()
 
-    monkeypatch.setattr(threading.Event, "wait", wait_and_tell)
+    monkeypatch.setattr(cull_idle, "sleep", sleep_and_tell)
     idle("ann")(scripted)
     scripted.fault("DELETE", ".*", respond(503, headers={"Retry-After": "25"}), times=None)
     result = cull("--once", "--url", scripted.url, "--timeout=1h", token=scripted.token)
-    telling.join()
     assert (result.exit_code, len(scripted.lines("DELETE"))) == (1, 1)
+    assert sleeps == [1]
 
 
 def test_a_signal_that_does_not_interrupt_the_wait_for_a_worker_is_noticed(

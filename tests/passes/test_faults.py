@@ -10,7 +10,6 @@ import gzip
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -236,28 +235,16 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(case, id=f"{name}, {place}, {('once', 'for ever')[lasting]}")
 
 
-class Stop(threading.Event):
-    """What tells the program to stop. Nobody waits for it, but how long somebody would have is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[float | None] = []
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waits.append(timeout)
-        return self.is_set()
-
-
 @pytest.fixture(autouse=True)
-def stop(monkeypatch: pytest.MonkeyPatch, _no_pauses: None) -> Stop:
-    """Small limits; pauses of the usual length take no time; what is due is culled in the order of the list."""
-    event = Stop()
-    monkeypatch.setattr(cull_idle, "stop_signals", lambda: nullcontext(event))
+def pauses(monkeypatch: pytest.MonkeyPatch, _no_pauses: None) -> list[float]:
+    """Small limits; pauses take no time, but are noted; what is due is culled in the order of the list."""
+    noted: list[float] = []
+    monkeypatch.setattr(cull_idle, "wait_in_slices", lambda stop, seconds: noted.append(seconds))
     monkeypatch.setattr(cull_idle, "PAUSES", PAUSES)
     monkeypatch.setattr(cull_idle, "ANSWER", (MEBIBYTE, 1_000_000))
     monkeypatch.setattr(cull_idle, "WHOLE_LIST", (MEBIBYTE, 1_000_000))
     monkeypatch.setattr("random.sample", lambda items, _: items)
-    return event
+    return noted
 
 
 @pytest.fixture
@@ -309,23 +296,23 @@ def test_a_fault_keeps_what_is_in_doubt_and_nothing_else(
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
-    ("retry_after", "pauses"),
+    ("retry_after", "expected"),
     [
-        (None, [0.5, 1, 2]),
-        ("1", [1, 1, 2]),
+        (None, [1, 1, 2]),
+        ("2", [2, 2, 2]),
         ("600", [30, 30, 30]),
         ("9" * 400, [30, 30, 30]),
-        *((text, [0.5, 1, 2]) for text in ("0", "-600", "soon\x85;", "", "Fri, 31 Dec 2999 23:59:59 GMT", "\u00b2")),
+        *((text, [1, 1, 2]) for text in ("0", "-600", "soon\x85;", "", "Fri, 31 Dec 2999 23:59:59 GMT", "\u00b2")),
     ],
     ids=ascii,
 )
 def test_pauses_grow_and_are_as_long_as_the_hub_asks_but_not_longer_than_half_a_minute(
-    play: Play, stop: Stop, status: int, retry_after: str | None, pauses: list[float]
+    play: Play, pauses: list[float], status: int, retry_after: str | None, expected: list[float]
 ) -> None:
     reply = respond(status, headers={} if retry_after is None else {"Retry-After": retry_after})
     sick = fault("DELETE", "/users/ann/server", reply, times=None)
     play(Scene("", [idle("ann"), sick], becomes={"ann": "failed"}, deletes=["ann"] * TRIES, exit=1))
-    assert stop.waits == pauses
+    assert pauses == expected
 
 
 @pytest.mark.parametrize("threads", [0, 3])
