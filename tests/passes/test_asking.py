@@ -372,7 +372,9 @@ def test_a_token_that_can_do_more_is_revoked_and_never_used(
     assert (scripted.tokens_made, asked(scripted)) == (1, [])
 
 
-@pytest.mark.parametrize("port", ["CLOSED", "PORT"])
+@pytest.mark.parametrize(
+    "port", ["CLOSED", "PORT"], ids=["a --servers-url that refuses", "a --servers-url that is the Hub's own port"]
+)
 @pytest.mark.usefixtures("subdomains")
 def test_with_subdomains_a_wrong_servers_url_should_be_left_out(play: Play, says: Says, port: str) -> None:
     """From a report."""
