@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runs import Result
-from scripted_hub import LONG_AGO, Reply, Request, ScriptedHub
+from scripted_hub import LONG_AGO, Answer, Exchange, Reply, Request, ScriptedHub, edited
 
 Given = Callable[[ScriptedHub], object]
 """Makes something true of a Hub."""
@@ -85,6 +85,34 @@ def user(name: str, idle: float | None = LONG_AGO, **fields: Any) -> Given:
 def fault(method: str, pattern: str, *replies: Reply, times: int | None = 1) -> Given:
     """Replies to what matches, as ScriptedHub.fault has them."""
     return lambda hub: hub.fault(method, pattern, *replies, times=times)
+
+
+def change(name: str, **attributes: Any) -> Given:
+    """A server, `ann` or `ann/gpu`, or a user, `user ann`, has these attributes: those of FakeServer and FakeUser."""
+    user_name, _, server_name = name.removeprefix("user ").partition("/")
+
+    def do(hub: ScriptedHub) -> None:
+        owner = hub.users[user_name]
+        for attribute, value in attributes.items():
+            setattr(owner if name.startswith("user ") else owner.servers[server_name], attribute, value)
+
+    return do
+
+
+def edit(request: str, new: Callable[[Any], object]) -> Given:
+    """The Hub's next answer to that request, such as `GET /users`, is the JSON that `new` makes of it."""
+    method, pattern = request.split()
+    return fault(method, pattern, edited(new))
+
+
+def meanwhile(given: Given, answer: Reply = Exchange.normal) -> Reply:
+    """This becomes true, and then the Hub answers."""
+
+    def reply(exchange: Exchange) -> Answer:
+        given(exchange.hub)
+        return answer(exchange)
+
+    return reply
 
 
 def having(**attributes: Any) -> Given:
