@@ -473,7 +473,7 @@ def test_the_address_is_as_given_or_as_the_hub_knows_it(play: Play, scripted: Sc
         proxy.users, proxy.tokens = scripted.users, scripted.tokens
         public = f"http://127.0.0.1:{proxy.port}"
         given = where.startswith("--")  # which counts for more than the Hub's word
-        extra = {where.replace("--servers", "full_"): f"{'http://no-such-host.invalid' if given else public}/user/ann/"}
+        extra = {"full_url" if given else where: f"{'http://no-such-host.invalid' if given else public}/user/ann/"}
         options = f"--idle-by=both --servers-url={public}" if given else "--idle-by=both"
         env = {where[1:]: f"{public}/hub/"} if where.startswith("$") else {}
         play(Scene("", [own_port, busy("ann", extra={} if env else extra)], options, SPARED, env=env))
