@@ -512,7 +512,7 @@ def test_closed_streams_do_no_harm(scripted: ScriptedHub, tmp_path: Path, flags:
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("allowed", [1, 3])
+@pytest.mark.parametrize("allowed", [0, 1, 3])
 @pytest.mark.parametrize("late", [False, True], ids=["at the start", "in the middle"])
 def test_where_threads_are_refused_the_others_do_all_and_report_it(
     play: Play, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, allowed: int, late: bool
