@@ -139,9 +139,10 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_log() -> Iterator[None]:
-    """Remove the log's handler: it writes to a stream that pytest closes."""
+def _nothing_is_left() -> Iterator[None]:
+    """Remove what a run leaves in this process: the tokens to hide, and a log that writes to what pytest closes."""
     yield
+    cull_idle.SECRETS.clear()
     logging.getLogger("cull_idle").handlers.clear()
 
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import pytest
+from by_hand.bulk_hub import BulkHub
 from messages import Says
 from processes import PROGRAM, RUN, run_measured
 from runs import Cull, Result, RunLoop
@@ -39,7 +40,6 @@ from scripted_hub import (
     NO_ACCESS,
     PREFIX,
     Answer,
-    BulkHub,
     Exchange,
     FakeJupyter,
     Reply,
