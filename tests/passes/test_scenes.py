@@ -9,19 +9,19 @@ import json
 import re
 import shlex
 import threading
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hub import RealHub
-from runs import Cull, Result, RunLoop
+from processes import wait_for
+from runs import Result, RunLoop
 from scenes import Given, Play, Scene, active, change, edit, fault, having, idle, meanwhile, server, user
 from scripted_hub import (
     DROP,
@@ -132,15 +132,16 @@ SCAN = [
         options="--cull-users",
         becomes={"ann": "culled", "user bob": "deleted"},
     ),
-    Scene(
-        "an answer that comes byte by byte is read",
-        [idle("ann"), fault("GET", "/users", drip(0.0001))],
-        becomes={"ann": "culled"},
-    ),
-    Scene(
-        "an answer that ends with its connection is read whole",
-        [idle("ann", user_options={"picture": "x" * 300_000}), fault("GET", "/users", without_a_length)],
-        becomes={"ann": "culled"},
+    *(
+        Scene(
+            f"an answer that {words} is read whole",
+            [idle("ann", user_options={"picture": "x" * length}), fault("GET", "/users", reply)],
+            becomes={"ann": "culled"},
+        )
+        for words, length, reply in (
+            ("comes byte by byte", 9, drip(0.0001)),
+            ("ends with its connection", 300_000, without_a_length),
+        )
     ),
     Scene(
         "after a page that fails, what was read is culled, but no user is deleted",
@@ -614,7 +615,6 @@ ANSWERS = [
     *answered("nothing, but does it", STOPPED, done_but_lost(), says=BOTH),
     *answered("503, and ann is back", ("spared", "spared"), meanwhile(comes_back(), respond(503))),
     *answered("503, and ann starts a server", ("spared", "spared"), meanwhile(idle("ann"), respond(503))),
-    *answered("500", FAILED, of_hub(500, "the spawner broke")),
     *answered("500, and ann is gone", ("gone", "gone"), meanwhile(vanish, respond(500))),
     *(
         each
@@ -624,10 +624,8 @@ ANSWERS = [
     ),
     *answered("418, after which nobody looks", FAILED, meanwhile(vanish, of_hub(418, "a teapot"))),
     *answered("403", FAILED, of_hub(403, "you may not"), exit=3, says=BOTH),
-    *answered("401", FAILED, of_hub(401), exit=3),
     *answered("409 without a message", FAILED, of_hub(409)),
     *answered("507 with a list", FAILED, respond_json(507, ["full"])),
-    *answered("501 in HTML", FAILED, html(501)),
     *answered("200", FAILED, respond(200), says=["ann"]),
     *answered("451 with a novel", FAILED, of_hub(451, "word " * 999), says=["ann"]),
     *answered("a redirect", FAILED, redirect("http://127.0.0.1:1/elsewhere"), says=["ann"]),
@@ -892,22 +890,6 @@ def test_four_at_a_time_is_four_stops_in_flight_and_four_connections_for_all(pla
 def test_connections_are_closed_at_the_end_of_each_pass(loop: RunLoop, scripted: ScriptedHub) -> None:
     scripted.add("ann", idle=LONG_AGO)
     scripted.fault("GET", "/users", normal(), respond(500), reset())
-
-    def all_closed() -> None:
-        deadline = time.monotonic() + 30
-        while scripted.connections_open:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
+    all_closed = partial(wait_for, lambda: not scripted.connections_open)
     assert loop(scripted, "--timeout=1h", between=[all_closed] * 4).exit_code == 0
     assert scripted.connection_count >= 5
-
-
-def test_rules_on_a_real_hub(hub: RealHub, cull_real: Cull) -> None:
-    hub.add_user("ann", groups=["class-1", "all"])
-    large, small = ({"idle_seconds": LONG_AGO, "profile": profile} for profile in ("large", "small"))
-    hub.spawn_many([("ann", "", small), ("bob", "", large), ("bob", "gpu", small), ("svc-bot", "", small)])
-    rules = ("user=svc-* keep", "group=class-* timeout=4h", "option.profile=large timeout=4h")
-    result = cull_real(*(f"--rule={rule}" for rule in rules), token=hub.token_with(*LEAST_SCOPES, "read:users:groups"))
-    assert (result.exit_code, result.outcomes) == (0, {"bob/gpu": "culled"})
-    assert hub.running() == {"ann", "bob", "svc-bot"}
