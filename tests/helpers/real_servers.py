@@ -85,22 +85,15 @@ class JupyterServer:
         answer.raise_for_status()
         return answer.json()
 
-    def start_kernel(self) -> str:
-        """Start a kernel; returns its id."""
-        kernel: str = self.request("POST", "api/kernels")["id"]
-        return kernel
-
-    def open_tab(self, kernel: str) -> websocket.WebSocket:
-        """A connection to a kernel, as a notebook in a browser keeps it."""
-        address = f"{self._url.replace('http:', 'ws:')}/api/kernels/{kernel}/channels"
-        return websocket.create_connection(address, header=self._headers, timeout=60)
-
     def execute(self, code: str, *, until: str) -> None:
         """Run code in a new kernel, and wait until it is "busy" with it, or "idle" again. Then close the tab."""
         header = {"msg_id": uuid4().hex, "msg_type": "execute_request", "session": uuid4().hex, "version": "5.3"}
         request = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": {"code": code}}
         state = None
-        with closing(self.open_tab(self.start_kernel())) as tab:
+        address = (
+            f"{self._url.replace('http:', 'ws:')}/api/kernels/{self.request('POST', 'api/kernels')['id']}/channels"
+        )
+        with closing(websocket.create_connection(address, header=self._headers, timeout=60)) as tab:
             tab.send(json.dumps(request))
             while state != until:
                 message = json.loads(tab.recv())

@@ -582,10 +582,7 @@ EXAMPLES = os.environ.get("EXAMPLES")
 
 
 @settings(
-    max_examples=int(EXAMPLES or 150),
-    derandomize=not EXAMPLES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=int(EXAMPLES or 150), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(data=st.data())
 def test_a_pass_does_what_it_should_whatever_happens(
