@@ -74,10 +74,10 @@ def real_servers() -> str:
 
 
 class JupyterServer:
-    """One server, as its user's browser uses it."""
+    """A user's default server, as its user's browser uses it."""
 
-    def __init__(self, hub: RealHub, user: str, server: str = "") -> None:
-        self._url = f"{hub.public_url}{api_path('user', *filter(None, [user, server]))}"
+    def __init__(self, hub: RealHub, user: str) -> None:
+        self._url = hub.public_url + api_path("user", user)
         self._headers = {"Authorization": f"token {hub.api('POST', api_path('users', user, 'tokens')).json()['token']}"}
 
     def request(self, method: str, path: str) -> Any:

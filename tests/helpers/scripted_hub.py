@@ -255,7 +255,7 @@ def respond_json(status: int, content: object, headers: Mapping[str, str] | None
 
 def of_hub(status: int, message: str | None = None) -> Reply:
     """The Hub's own error. Of a user that it does not know, its message is null."""
-    return lambda exchange: error(status, message)
+    return lambda _: error(status, message)
 
 
 def raw(sent: bytes) -> Reply:
@@ -553,8 +553,8 @@ class ScriptedHub:
     def _api(self, request: Request) -> Answer:
         match request.method, *request.segments:
             case "GET", "user":
-                whoami = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2"}
-                return as_json(200, {**whoami, "session_id": None, "scopes": self.scopes})
+                culler = {"kind": "service", "admin": False, "name": "culler", "token_id": "a2", "session_id": None}
+                return as_json(200, {**culler, "scopes": self.scopes})
             case "GET", "users":
                 return self._allowed("list:users") or self._list_users(request)
             case "GET", "users", name:

@@ -420,8 +420,7 @@ LOOK = [
     Scene(
         "a server that has been in use meanwhile is spared, and the others are stopped",
         [
-            server("ann", 2 * LONG_AGO),
-            server("bob", 2 * LONG_AGO),
+            *(server(name, 2 * LONG_AGO) for name in ("ann", "bob")),
             fault("GET", "/users/ann", meanwhile(comes_back(LONG_AGO))),
         ],
         options="--timeout=3h",
@@ -534,17 +533,14 @@ NAMES = [
     *(scene for words, name in {**ODD, **MISLEADING}.items() for scene in scenes_of_a_name(words, name)),
     Scene("of names that look alike one is due", [idle(NAME), active(*TWINS)], becomes={NAME: "culled"}),
     Scene("of names that look alike all but one are due", [active(NAME), idle(*TWINS)], becomes=all_culled(*TWINS)),
-    Scene(
-        "of users whose names look alike one is due",
-        [user(NAME), *(user(twin, 0) for twin in TWINS)],
-        options="--cull-users",
-        becomes={f"user {NAME}": "deleted"},
-    ),
-    Scene(
-        "of users whose names look alike all but one are due",
-        [user(NAME, 0), *map(user, TWINS)],
-        options="--cull-users",
-        becomes={f"user {twin}": "deleted" for twin in TWINS},
+    *(
+        Scene(
+            f"of users whose names look alike {words} due",
+            [*map(user, gone), *(user(name, 0) for name in kept)],
+            options="--cull-users",
+            becomes={f"user {name}": "deleted" for name in gone},
+        )
+        for words, gone, kept in (("one is", {NAME}, TWINS), ("all but one are", TWINS, {NAME}))
     ),
     Scene(
         "a name with half a character is looked up under that name",
