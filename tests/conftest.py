@@ -199,9 +199,14 @@ def settings_of(cull: Cull, monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
 @pytest.fixture
 def cull_scripted(cull: Cull, scripted: ScriptedHub) -> Cull:
     """Run `cull_idle.py --once --url SCRIPTED ARGS`."""
+    return once(cull, scripted)
+
+
+def once(cull: Cull, hub: AnyHub) -> Cull:
+    """Runs one pass over a Hub, with the token of a culler."""
 
     def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
-        return cull("--once", "--url", scripted.url, *args, token=scripted.token if token is None else token, env=env)
+        return cull("--once", "--url", hub.url, *args, token=token_of(hub) if token is None else token, env=env)
 
     return run
 
@@ -283,12 +288,8 @@ def hub(session_hub: RealHub, request: pytest.FixtureRequest) -> Iterator[RealHu
 
 @pytest.fixture
 def cull_real(cull: Cull, hub: RealHub) -> Cull:
-    """Run `cull_idle.py --once --url HUB ARGS` with the token of a culler."""
-
-    def run(*args: str, token: str | None = None, env: Mapping[str, str] | None = None) -> Result:
-        return cull("--once", "--url", hub.url, *args, token=hub.culler_token if token is None else token, env=env)
-
-    return run
+    """Run `cull_idle.py --once --url HUB ARGS`."""
+    return once(cull, hub)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -24,7 +23,6 @@ AnyHub = RealHub | ScriptedHub
 PROGRAM = Path(__file__).parents[2] / "cull_idle.py"
 RUN = (sys.executable, "-m", "cull_idle")  # compiled only once, as it is where it is installed
 LOOP = ("--timeout=1h", "--cull-every=1s")
-LOGGED_AT = re.compile(r"\d\d:\d\d:\d\d (?=DEBUG|INFO|WARNING|ERROR)")  # in a terminal
 PATIENCE = 60  # seconds after which a test that waits fails; on a loaded machine a start takes several
 ROWS = 60  # of a terminal: more than any test needs, so that nothing is scrolled away
 NOT_KEPT = ("CULL_IDLE_", "JUPYTERHUB_", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONUNBUFFERED")
@@ -35,7 +33,7 @@ def wait_for(condition: Callable[[], object], said: Callable[[], str] = lambda: 
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, said()
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def token_of(hub: AnyHub) -> str:

@@ -74,10 +74,10 @@ def real_servers() -> str:
 
 
 class JupyterServer:
-    """One server, as its user's browser uses it."""
+    """A user's default server, as its user's browser uses it."""
 
-    def __init__(self, hub: RealHub, user: str, server: str = "") -> None:
-        self._url = f"{hub.public_url}{api_path('user', *filter(None, [user, server]))}"
+    def __init__(self, hub: RealHub, user: str) -> None:
+        self._url = hub.public_url + api_path("user", user)
         self._headers = {"Authorization": f"token {hub.api('POST', api_path('users', user, 'tokens')).json()['token']}"}
 
     def request(self, method: str, path: str) -> Any:
@@ -85,22 +85,15 @@ class JupyterServer:
         answer.raise_for_status()
         return answer.json()
 
-    def start_kernel(self) -> str:
-        """Start a kernel; returns its id."""
-        kernel: str = self.request("POST", "api/kernels")["id"]
-        return kernel
-
-    def open_tab(self, kernel: str) -> websocket.WebSocket:
-        """A connection to a kernel, as a notebook in a browser keeps it."""
-        address = f"{self._url.replace('http:', 'ws:')}/api/kernels/{kernel}/channels"
-        return websocket.create_connection(address, header=self._headers, timeout=60)
-
     def execute(self, code: str, *, until: str) -> None:
         """Run code in a new kernel, and wait until it is "busy" with it, or "idle" again. Then close the tab."""
         header = {"msg_id": uuid4().hex, "msg_type": "execute_request", "session": uuid4().hex, "version": "5.3"}
         request = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": {"code": code}}
         state = None
-        with closing(self.open_tab(self.start_kernel())) as tab:
+        address = (
+            f"{self._url.replace('http:', 'ws:')}/api/kernels/{self.request('POST', 'api/kernels')['id']}/channels"
+        )
+        with closing(websocket.create_connection(address, header=self._headers, timeout=60)) as tab:
             tab.send(json.dumps(request))
             while state != until:
                 message = json.loads(tab.recv())

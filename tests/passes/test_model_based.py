@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -34,6 +33,7 @@ import pytest
 import scripted_hub as hub_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import wait_for
 from runs import Cull
 from scripted_hub import ALL_SCOPES, PREFIX, Answer, FakeJupyter, FakeServer, FakeUser, Reply, Request, ScriptedHub
 
@@ -499,7 +499,7 @@ class Watch:
         threads = threading.active_count()
         arguments = ["--once", "--json", "--request-timeout=1h", "--url", hub.url, *options.arguments]
         result = self.cull(*arguments, token=hub.token)
-        wait_until(lambda: not hub.connections_open and threading.active_count() <= threads)
+        wait_for(lambda: not hub.connections_open and threading.active_count() <= threads)
         assert not hub.tokens, "left a token"
 
         *events, total = map(json.loads, result.out.splitlines())
@@ -578,21 +578,11 @@ def what_is_wrong(server: str | None, at_look: Then, at_first: Then) -> str:
     return "" if same else "deleted another one of that name"
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, threading.enumerate()
-        time.sleep(0.0005)
-
-
 EXAMPLES = os.environ.get("EXAMPLES")
 
 
 @settings(
-    max_examples=int(EXAMPLES or 150),
-    derandomize=not EXAMPLES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=int(EXAMPLES or 150), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(data=st.data())
 def test_a_pass_does_what_it_should_whatever_happens(

@@ -122,7 +122,7 @@ def removed(name: str) -> Spoil:
     return lambda hubs, another: (hubs / name).unlink()
 
 
-def no_longer_one(name: str) -> Spoil:
+def spoiled(name: str) -> Spoil:
     return lambda hubs, another: (hubs / name).write_text("?")
 
 
@@ -130,26 +130,18 @@ def of_another(*names: str) -> Spoil:
     return lambda hubs, another: [shutil.copy(another / name, hubs / name) for name in names]
 
 
-def unchanged(hubs: Path, another: Path) -> None:
-    pass
-
-
 @pytest.mark.parametrize(
     ("spoil", "way", "part"),
     [
         pytest.param(lambda hubs, another: shutil.rmtree(hubs), Way(), CA, id="no folder"),
-        pytest.param(removed(CA), Way(), CA, id="no CA"),
-        pytest.param(removed(CERTIFICATE), Way(), CERTIFICATE, id="no certificate"),
-        pytest.param(removed(KEY), Way(), KEY, id="no key"),
-        pytest.param(no_longer_one(CA), Way(), "TLS", id="a CA that is not one"),
-        pytest.param(no_longer_one(CERTIFICATE), Way(), "TLS", id="a certificate that is not one"),
-        pytest.param(no_longer_one(KEY), Way(), "TLS", id="a key that is not one"),
+        *(pytest.param(removed(part), Way(), part, id=f"no {part}") for part in (CA, CERTIFICATE, KEY)),
+        *(pytest.param(spoiled(part), Way(), "TLS", id=f"a spoiled {part}") for part in (CA, CERTIFICATE, KEY)),
         pytest.param(of_another(KEY), Way(), "mismatch", id="a key of another certificate"),
         pytest.param(of_another(CA), Way(), "certificate verify failed", id="another Hub's CA"),
         pytest.param(of_another(CERTIFICATE, KEY), Way(), REFUSED, id="another Hub's certificate"),
         pytest.param(removed("user-busy/user-busy.key"), Way("", SERVICE), "user-busy.key", id="no key of a service"),
-        pytest.param(unchanged, Way(""), "certificate verify failed", id="without its CA the Hub is not trusted"),
-        pytest.param(unchanged, Way("", "REQUESTS_CA_BUNDLE={at}/" + CA), REFUSED, id="no client certificate"),
+        pytest.param(of_another(), Way(""), "certificate verify failed", id="without its CA the Hub is not trusted"),
+        pytest.param(of_another(), Way("", "REQUESTS_CA_BUNDLE={at}/" + CA), REFUSED, id="no client certificate"),
     ],
 )
 def test_wrong_certificates_get_a_sentence(
