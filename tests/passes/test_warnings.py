@@ -10,10 +10,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import given as for_all
-from hypothesis import strategies as st
-from messages import Says
 from runs import Cull, Result, RunLoop
 from scenes import Play, Scene, active, fault, idle, server
 from scripted_hub import (
@@ -25,7 +21,6 @@ from scripted_hub import (
     normal,
     respond,
     respond_json,
-    then_do,
 )
 
 Step = Callable[[ScriptedHub], object]
@@ -128,40 +123,12 @@ def test_a_far_date_and_a_long_limit_are_no_trouble(plan: Plan, moment: str, pla
     assert found == ("planned" if planned and limit != "never" else "", 0)
 
 
-SECONDS = st.integers(-HOUR, 9 * HOUR)
-LIMITS = st.sampled_from(["never", "1h", "2h", "7000s"])
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@for_all(SECONDS, st.none() | SECONDS, LIMITS, LIMITS, st.integers(SECOND, HOUR - SECOND))
-def test_a_server_is_due_at_the_moment_that_is_said_and_not_before(
-    plan: Plan, idle: int, age: int | None, timeout: str, max_age: str, within: int
-) -> None:
-    ask = partial(plan, f"--timeout={timeout} --max-age={max_age} --warn-before={within}s", idle, age)
-    outcome, due_in = ask()
-    assert (outcome in ("planned", "warned")) == (ask(at=within)[0] == "planned")
-    if outcome == "warned":
-        assert 0 < due_in <= within
-        assert ask(at=due_in)[0] == "planned"
-        assert ask(at=due_in - 1)[0] == "warned"
-
-
 # What a pass says
 
 
 def fail_to_decide() -> bool:
     """An arbiter."""
     raise OSError("no answer")
-
-
-def ann_moves_to_the_second_page(hub: ScriptedHub) -> None:
-    """While the list is read."""
-
-    def turn_around() -> None:
-        hub.users = dict(reversed(hub.users.items()))
-
-    hub.page_max = 1
-    hub.fault("GET", r"/users\?.*offset=1.*", then_do(turn_around))
 
 
 WARNED = {"ann": "warned"}
@@ -171,8 +138,6 @@ SCENES = [
           "--timeout=9h --warn-before=3h", {"ann/gpu": "warned", "cat": "culled"}, says=True),
     Scene("without --warn-before nothing is warned", [nearly("ann")]),
     Scene("with --warn-before=0 nothing is warned", [nearly("ann")], "--warn-before=0"),
-    Scene("a rule decides who is warned", [nearly("ann", "bob", "kept")],
-          "--warn-before=15m --rule='user=bob timeout=2h' --rule='user=kept keep'", WARNED),
     Scene("a fuse that blows does not suppress warnings", [nearly("ann"), idle("bob")],
           "--warn-before=15m --max-culls=0", WARNED, exit=1),
     Scene("an arbiter that fails is reported beside the warning for the age", [server("ann", 60, age=8 * HOUR - 30)],
@@ -183,33 +148,6 @@ SCENES = [
 @pytest.mark.parametrize("scene", SCENES, ids=Scene.__str__)
 def test_scene(scene: Scene, play: Play) -> None:
     play(scene)
-
-
-def test_a_server_on_two_pages_is_warned_once(play: Play) -> None:
-    given = [nearly("ann"), active("bob"), ann_moves_to_the_second_page]
-    result = play(Scene("", given, "--warn-before=15m", WARNED))
-    assert (result.counts["warned"], len(result.lines)) == (1, 2)
-
-
-def test_each_run_of_once_warns_again(play: Play) -> None:
-    for _ in range(2):
-        play(Scene("", [nearly("ann")], "--warn-before=15m", WARNED))
-
-
-def test_json_says_when_a_server_is_due(cull_scripted: Cull, scripted: ScriptedHub) -> None:
-    model = scripted.add("ann", "gpu", idle=NEARLY_DUE)
-    result = cull_scripted(*OPTIONS, "--json", "-q")
-    warned, summary = map(json.loads, result.out.splitlines())
-    names = ("event", "user", "server", "action", "outcome", "error")
-    assert [warned[name] for name in names] == ["server", "ann", "gpu", "stop", "warned", None]
-    assert isinstance(model.last_activity, datetime)
-    assert datetime.fromisoformat(warned["due"]) == model.last_activity.replace(microsecond=0) + timedelta(hours=1)
-    assert (summary["planned"], summary["warned"], result.err) == (0, 1, "")
-
-
-def test_a_dry_run_shows_the_warning_in_its_table(cull_scripted: Cull, scripted: ScriptedHub, says: Says) -> None:
-    SOON(scripted)
-    says("\n".join(cull_scripted("--dry-run", "--timeout=9h", "--warn-before=3h").table))
 
 
 # In a loop: who is warned in each pass
