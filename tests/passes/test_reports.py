@@ -1,4 +1,4 @@
-"""What people reported, and what adversaries tried: odd answers, names, proxies, clocks, commands.
+"""What people reported, and what adversaries tried: odd answers, names, proxies, clocks.
 
 Each section says where it comes from. Of --idle-by, test_asking.py has what was brought.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import re
 import shlex
 import ssl
 import subprocess
@@ -41,7 +40,6 @@ from scripted_hub import (
     Reply,
     Request,
     ScriptedHub,
-    and_do,
     edited,
     html,
     of_hub,
@@ -306,7 +304,6 @@ def dated(shift: timedelta) -> Reply:
 
 
 AHEAD = {
-    "the first": ("/users?.*", 1),
     "the first page": ("/users", 1),
     "the second page": (r"/users\?.*offset=2.*", 1),
     "the first look": ("/users/.*", 1),
@@ -326,27 +323,6 @@ def test_a_date_that_is_ahead_endangers_nobody(play: Play, which: str, options: 
         fault("GET", pattern, dated(timedelta(hours=2)), times=times),
     ]
     play(Scene("", given, options, CULLED))
-
-
-SLOW_ARBITER = """
-import time
-
-seen = set()
-
-def decide(user):  # at once while scanning; the second time, it takes long
-    if user["name"] in seen:
-        time.sleep(1.1)
-    seen.add(user["name"])
-    return True
-"""
-
-
-def test_who_comes_back_while_an_arbiter_thinks_is_spared(play: Play, scripted: ScriptedHub, tmp_path: Path) -> None:
-    (tmp_path / "arbiter.py").write_text(SLOW_ARBITER)
-    returns = [fault("GET", f"/users/{name}", and_do(partial(scripted.touch, name))) for name in ("ann", "bob")]
-    becomes = {"ann": "spared", "bob": "spared", "cat": "culled"}
-    play(Scene("", [idle(*becomes), *returns], f"--arbiter={tmp_path}/arbiter.py:decide", becomes))
-    assert scripted.lines().count("GET /users/ann") == 2
 
 
 @pytest.mark.parametrize(("mode", "outcome"), [("both", "spared"), ("server", "culled"), ("kernels", "culled")])
@@ -469,30 +445,6 @@ def test_an_answer_is_not_unpacked_without_a_bound(
     assert peak < 256 * MEBIBYTE
     assert scripted.running() == stays
     assert (result.exit_code == 0) == (not stays)
-
-
-class BelowJupyter(ScriptedHub):
-    """A Hub with base_url /jupyter; as a real one, it sends all other paths there."""
-
-    def answer(self, request: Request) -> Answer:
-        path, _, query = request.target.partition("?")
-        if not path.startswith("/jupyter/"):
-            return Answer(302, headers={"Location": f"/jupyter/hub{path}"})
-        below = path.removeprefix("/jupyter")
-        segments = tuple(below.removeprefix(PREFIX + "/").split("/"))
-        return super().answer(replace(request, target=f"{below}?{query}", segments=segments))
-
-
-@pytest.mark.parametrize("path", ["", "/", "/hub/api", "/api"])
-def test_a_redirect_to_the_base_url_becomes_an_address_that_works(cull: Cull, path: str) -> None:
-    with BelowJupyter() as hub:
-        hub.add("ann", idle=LONG_AGO)
-        host = f"http://127.0.0.1:{hub.port}"
-        result = cull("--once", "--timeout=1h", f"--url={host}{path}", token=hub.token)
-        assert result.exit_code == 3
-        advice = re.search(rf"{host}/jupyter/hub/api(?![\w/?])", result.err)
-        assert advice
-        assert cull("--once", "--timeout=1h", f"--url={advice[0]}", token=hub.token).outcomes == CULLED
 
 
 @pytest.mark.parametrize(
