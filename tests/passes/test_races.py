@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hub import RealHub
 from processes import Running, Start
 from runs import Cull, Result
-from scenes import Given, Play, Scene, fault, having, idle, server, user
+from scenes import Given, Play, Scene, fault, idle, server, user
 from scripted_hub import (
-    ALL_SCOPES,
     HOUR,
     LONG_AGO,
     Answer,
     Exchange,
-    FakeJupyter,
-    Reply,
     ScriptedHub,
     and_do,
-    edited,
     reset,
-    respond_json,
     then_do,
-    with_extra,
 )
 
 # Users come back
@@ -56,21 +47,16 @@ class ComeBack:
         return exchange.normal()
 
 
-@pytest.fixture
-def _in_list_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("random.sample", lambda items, _: items)
-
-
 NAMES = [f"user-{index:03}" for index in range(200)]
 
 
-@pytest.mark.usefixtures("_in_list_order")
 @pytest.mark.parametrize(
     "due", [idle(*NAMES), lambda hub: [user(name)(hub) for name in NAMES]], ids=["servers", "users"]
 )
 def test_of_200_due_the_99_who_come_back_during_the_pass_are_spared(
-    cull_scripted: Cull, scripted: ScriptedHub, due: Given
+    cull_scripted: Cull, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, due: Given
 ) -> None:
+    monkeypatch.setattr("random.sample", lambda items, _: items)
     due(scripted)
     of = "" if scripted.running() else "user "
     scripted.fault("DELETE", ".*", ComeBack(NAMES[101:]), times=None)
@@ -82,92 +68,29 @@ def test_of_200_due_the_99_who_come_back_during_the_pass_are_spared(
     assert result.exit_code == 0
 
 
-@pytest.mark.usefixtures("_in_list_order")
-def test_a_server_that_is_stopped_and_started_again_meanwhile_is_spared(
-    cull_scripted: Cull, scripted: ScriptedHub
-) -> None:
-    names, new = NAMES[:20], NAMES[20:40]
-    idle(*names, *new)(scripted)
-
-    def start_anew() -> None:
-        for name in new:
-            scripted.users[name].servers.clear()
-            scripted.add(name)
-
-    scripted.fault("DELETE", ".*", then_do(start_anew))
-    result = cull_scripted("--timeout=0", "--concurrency=10")  # 0: all that is ready is due
-    assert scripted.running() == set(new)
-    assert result.outcomes == dict.fromkeys(names, "culled") | dict.fromkeys(new, "spared")
-    assert len(scripted.lines("DELETE")) == len(names)
-
-
-@pytest.mark.parametrize(
-    ("due", "outcome"),
-    [(server("ann", LONG_AGO), {"ann": "spared"}), (user("ann", age=9 * HOUR), {"user ann": "spared"})],
-)
+@pytest.mark.parametrize(("due", "name"), [(idle("ann"), "ann"), (user("ann", age=9 * HOUR), "user ann")])
 def test_who_comes_back_while_the_second_look_is_on_its_way_is_kept(
-    cull_scripted: Cull,
-    scripted: ScriptedHub,
-    monkeypatch: pytest.MonkeyPatch,
-    due: Given,
-    outcome: dict[str, str],
+    play: Play, scripted: ScriptedHub, monkeypatch: pytest.MonkeyPatch, due: Given, name: str
 ) -> None:
     """The Hub answers what was true when it made the answer up. If that takes a while, there is another look."""
     monkeypatch.setattr("cull_idle.OLD_DECISION", 0.0)
-    due(scripted)
-    scripted.fault("GET", "/users/ann", and_do(lambda: scripted.touch("ann")))
-    result = cull_scripted("--timeout=1h", "--cull-users")
-    assert (result.outcomes, scripted.lines("DELETE")) == (outcome, [])
+    back = fault("GET", "/users/ann", and_do(lambda: scripted.touch("ann")))
+    play(Scene("", [due, back], "--cull-users", {name: "spared"}))
 
 
 # The program is told to stop
 
-FIVE = idle(*(f"user{number}" for number in range(5)))
-LOOK, STOP = "GET /users/USER", "DELETE /users/USER/server"
 
-
-@pytest.mark.parametrize(
-    ("given", "options", "place", "reply", "requests"),
-    [
-        pytest.param(FIVE, "--api-page-size=2", ("GET", "/users"), and_do, [], id="no other page is read"),
-        pytest.param(FIVE, "--arbiter={arbiter}", ("GET", "/users"), and_do, [], id="no slow arbiter is called"),
-        pytest.param(
-            idle("user0"), "", ("GET", "/users/user0"), and_do, [LOOK], id="no server is stopped after a look"
-        ),
-        pytest.param(user("user0"), "--cull-users", ("GET", "/users/user0"), and_do, [LOOK], id="no user is deleted"),
-        pytest.param(FIVE, "--concurrency=1", ("DELETE", ".*"), and_do, [LOOK, STOP], id="no other server is stopped"),
-        pytest.param(
-            idle("user0"),
-            "",
-            ("DELETE", ".*"),
-            lambda tell: then_do(tell, reset()),
-            [LOOK, STOP],
-            id="nothing is retried",
-        ),
-    ],
-)
-def test_once_told_to_stop(
-    cull_scripted: Cull,
-    scripted: ScriptedHub,
-    tell_to_stop: Callable[[], None],
-    tmp_path: Path,
-    given: Given,
-    options: str,
-    place: tuple[str, str],
-    reply: Callable[[Callable[[], None]], Reply],
-    requests: list[str],
+def test_once_told_to_stop_no_slow_arbiter_is_called(
+    cull_scripted: Cull, scripted: ScriptedHub, tell_to_stop: Callable[[], None], tmp_path: Path
 ) -> None:
+    """For requests, see test_loop.py."""
     calls, arbiter = tmp_path / "calls", tmp_path / "arbiter.py"
     arbiter.write_text(f"def decide(user): open({str(calls)!r}, 'a').write(user['name'])")
-    given(scripted)
-    scripted.fault(*place, reply(tell_to_stop))  # once: a second signal would end this process
-    result = cull_scripted("--timeout=1h", *options.format(arbiter=f"{arbiter}:decide").split())
-    assert [re.sub("user[0-9]", "USER", line) for line in scripted.lines()[2:]] == requests
+    idle("ann", "bob")(scripted)
+    scripted.fault("GET", "/users", and_do(tell_to_stop))
+    assert cull_scripted("--timeout=1h", f"--arbiter={arbiter}:decide").exit_code == 1
     assert not calls.exists()
-    assert result.exit_code == 1
-    done = sum(outcome == "culled" for outcome in result.outcomes.values())
-    failed = result.counts.get("failed", 0)
-    assert result.counts.get("left undone", 0) == result.counts["due"] - done - failed
 
 
 # Two cullers
@@ -210,30 +133,6 @@ def test_two_passes_at_the_same_moment_do_no_harm_to_a_real_hub(hub: RealHub, st
 # What else an adversary found: odd names, unknown times, and what nobody can print
 
 
-def asking(*kernels: dict[str, Any]) -> Given:
-    """A culler that may ask, and a server that the Hub calls idle, with these kernels."""
-
-    def change(hub: ScriptedHub) -> None:
-        having(scopes=[*ALL_SCOPES, "tokens"])(hub)
-        hub.add("ann", idle=LONG_AGO, age=9 * HOUR, says=FakeJupyter(hub.now, list(kernels)))
-
-    return change
-
-
-def says(path: str, answer: object) -> Given:
-    return fault("GET", f"/user/ann/api/{path}", respond_json(200, answer), times=None)
-
-
-def arbiter(body: str) -> Given:
-    """Whatever this arbiter does, ann is in doubt; the file is in the current directory."""
-    return lambda hub: Path("arbiter.py").write_text(f"{body}\n")
-
-
-UNKNOWN: dict[str, Any] = {"execution_state": "idle", "last_activity": None}
-BUSY = {"execution_state": "busy", "last_activity": "x"}
-BY_ARBITER = "--arbiter=arbiter.py:f"
-SPARED = {"ann": "spared"}
-
 SCENES = [
     Scene(
         "a name that leads to a server that has just come is not stopped",
@@ -245,63 +144,14 @@ SCENES = [
         exit=1,
     ),
     *(
-        Scene(
-            f"the name {name!r} is not sent",
-            [server(f"ann/{name}", LONG_AGO)],
-            becomes={f"ann/{shown}": "failed"},
-            exit=1,
-        )
-        for name, shown in [(".. ", ".. "), (".\t.", ".\\t."), ("..\n", "..\\n"), ("..\0", "..\\x00")]
-    ),
-    Scene(
-        "a busy kernel counts after one without a time",
-        [asking({"execution_state": "idle"}, BUSY)],
-        "--idle-by=both",
-        becomes=SPARED,
-    ),
-    Scene(
-        "a busy kernel counts before one with an odd time",
-        [asking(BUSY, {**UNKNOWN, "last_activity": "x"})],
-        "--idle-by=both",
-        becomes=SPARED,
-    ),
-    Scene(
-        "a server whose activity is unknown is active now",
-        [asking(), says("status", {"last_activity": None})],
-        "--idle-by=server",
-    ),
-    Scene(
-        "a kernel whose activity is unknown is active now", [asking(), says("kernels", [UNKNOWN])], "--idle-by=kernels"
-    ),
-    *(
-        Scene(
-            f"scopes that are {scopes} make no token",
-            [
-                asking(),
-                fault("POST", ".*", edited(partial(with_extra, extra={"scopes": scopes})), times=None),
-            ],
-            "--idle-by=both",
-            becomes={"ann": "failed"},
-            exit=1,
-        )
-        for scopes in (5, True, {"a": 1})
-    ),
-    *(
-        Scene(f"an arbiter that {does} keeps the server in doubt", [idle("ann"), arbiter(body)], BY_ARBITER, doubts=1)
-        for does, body in {
-            "returns what cannot be printed": "class X:\n  def __repr__(self): 1 / 0\ndef f(): return X()",
-            "returns what prints as a number": "class X:\n  def __repr__(self): return 5\ndef f(): return X()",
-            "returns what is no boolean": "class bool_:\n  def __bool__(self): 1 / 0\ndef f(): return bool_()",
-            "raises what cannot be printed": "class E(Exception):\n  def __str__(self): 1 / 0\ndef f(): raise E",
-            "raises what has no text": "class E(Exception):\n  __str__ = None\ndef f(): raise E",
-        }.items()
+        Scene(f"the name {name!r} is not sent", [idle(f"ann/{name}")], becomes={f"ann/{shown}": "failed"}, exit=1)
+        for name, shown in {".. ": ".. ", ".\t.": ".\\t.", "..\n": "..\\n", "..\0": "..\\x00"}.items()
     ),
 ]
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=Scene.__str__)
-def test_scene(scene: Scene, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_scene(scene: Scene, play: Play) -> None:
     play(scene)
 
 
@@ -323,8 +173,3 @@ def test_braces_in_the_url_are_shown(cull: Cull, scripted: ScriptedHub, path: st
     scripted.fault("*", ".*", reset(), times=None)
     result = cull("--once", "--url", scripted.url.replace("/hub/api", path).replace("http:", scheme), token="token")
     assert (result.exit_code, path in result.err) == (3, True)
-
-
-def test_a_config_file_nested_too_deeply_is_a_usage_error(cull: Cull, tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(f"timeout = {'[' * 9000}{']' * 9000}")
-    assert cull("--once", "--config", str(tmp_path / "config.toml"), token="secret").exit_code == 2
