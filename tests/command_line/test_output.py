@@ -59,6 +59,7 @@ TABLES = [
         "--dry-run --remove-named-servers",
         says=True,
     ),
+    Scene("a dry run says what a real pass would fail to stop", [idle("ann/..")], "--dry-run", says=True),
     Scene("where nothing is idle there are no bars", [active("ann", "bob")], "--dry-run", says=True),
     Scene(
         "a first look says which scope is missing, though nothing is due",
