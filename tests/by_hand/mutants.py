@@ -36,7 +36,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import coverage
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +151,7 @@ class Tests:
         failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
         self._without = [f"--deselect={test}" for test in failed]
         say(f"{len(self._durations)} tests in {self.seconds:.0f}s; fail without a mutant, left out: {failed}")
-        measured = coverage.CoverageData(str(tree / ".coverage"))
+        measured = import_module("coverage").CoverageData(str(tree / ".coverage"))
         measured.read()
         self._by_line = {
             line: {context.rpartition("|")[0] for context in contexts} & self._durations.keys() - set(failed)
