@@ -595,4 +595,4 @@ def test_without_packages_the_old_command_says_what_to_install(says: Says) -> No
     command = [sys.executable, "-I", "-S", str(script), "--timeout=3600"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    says(done.stderr.replace(str(script), "SCRIPT"))
+    says(done.stderr.replace(str(script), "SCRIPT").replace(sys.executable, "PYTHON"))
